@@ -1,0 +1,12 @@
+"""Mixed-precision quantization that keeps certified robustness, as a Gymnasium environment.
+
+Importing this package registers its environments; see :mod:`arq_env.registration` for the ids.
+"""
+
+from arq_env.errors import ArqError
+from arq_env.registration import register_all
+
+__version__ = "0.1.0"
+__all__ = ["ArqError"]
+
+register_all()

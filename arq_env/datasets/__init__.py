@@ -1,0 +1,63 @@
+"""Data sets by name, and the three disjoint parts every number in this project comes from.
+
+========== ======================================= =====================================================
+part       images                                  used for
+========== ======================================= =====================================================
+train      training images, all but the last 2,000 pretraining, calibration, BatchNorm, fine-tuning
+reward     the last 2,000 training images          the reward of a search; never trained or calibrated on
+test       test images                             final certificates; never seen by a search
+========== ======================================= =====================================================
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from arq_env.datasets import cifar10, signs
+from arq_env.errors import ArqError
+
+#: Number of training images kept out of training and calibration, for the reward.
+REWARD_IMAGES = 2_000
+
+
+class Split(NamedTuple):
+    """images: uint8 [n, h, w, 3]; labels: int64 [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set cut into its three parts; ``flip`` says whether a mirrored image keeps its class."""
+
+    name: str
+    classes: tuple[str, ...]
+    flip: bool
+    train: Split
+    reward: Split
+    test: Split
+
+
+def load_dataset(name: str) -> Dataset:
+    """Load ``"cifar10"`` (downloaded once) or ``"signs"`` (rendered once).
+
+    :raises ArqError: for an unknown name, or data that cannot be had.
+    """
+    if name not in _SOURCES:
+        raise ArqError(f"there is no data set {name!r}: choose one of {', '.join(_SOURCES)}")
+    source, flip = _SOURCES[name]
+    arrays = source.load_arrays()
+    images, labels = arrays["train"]
+    return Dataset(
+        name=name,
+        classes=source.CLASSES,
+        flip=flip,
+        train=Split(images[:-REWARD_IMAGES], labels[:-REWARD_IMAGES]),
+        reward=Split(images[-REWARD_IMAGES:], labels[-REWARD_IMAGES:]),
+        test=Split(*arrays["test"]),
+    )
+
+
+_SOURCES = {"cifar10": (cifar10, True), "signs": (signs, False)}

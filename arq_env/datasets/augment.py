@@ -1,0 +1,33 @@
+"""The training augmentation, as batched tensor operations on the images' device."""
+
+import torch
+
+#: Pixels of black border that a random crop may move into the image.
+CROP_PADDING = 4
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in [0, 1], channels-last in memory."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def random_crop(images: torch.Tensor, generator: torch.Generator, *, flip: bool) -> torch.Tensor:
+    """Crop each image at its own offset from a black border of 4 pixels and, with ``flip``, mirror half of them.
+
+    :param images: uint8 [n, h, w, 3]
+    :param generator: on the device of ``images``
+    :return: uint8 [n, h, w, 3]
+    """
+    n, height, width, _ = images.shape
+    device = images.device
+    padded = torch.nn.functional.pad(images, (0, 0, CROP_PADDING, CROP_PADDING, CROP_PADDING, CROP_PADDING))
+
+    def offsets():
+        return torch.randint(2 * CROP_PADDING + 1, (n, 1), generator=generator, device=device)
+
+    rows = offsets() + torch.arange(height, device=device)
+    columns = offsets() + torch.arange(width, device=device)
+    if flip:
+        mirrored = torch.rand((n, 1), generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    return padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]

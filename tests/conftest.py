@@ -1,0 +1,20 @@
+import gymnasium
+import pytest
+
+import arq_env  # noqa: F401  (registers the ids)
+
+gymnasium.register("ARQ-Toy-v0", entry_point="tests.toy:make_toy_env")
+
+
+@pytest.fixture
+def toy_env():
+    from tests.toy import make_toy_env
+
+    return make_toy_env()
+
+
+@pytest.fixture
+def problem():
+    from tests.toy import toy_problem
+
+    return toy_problem()
