@@ -1,0 +1,191 @@
+import concurrent.futures
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from arq_env import ArqError
+from arq_env.certification import ABSTAINED, Certificates, certify
+
+SETTINGS = {"sigma": 0.5, "n0": 20, "n": 200, "alpha": 0.01}
+
+
+def halfspace(images):
+    """Class 1 where the mean pixel is above 0.5: its smoothed class and radius are known in closed form."""
+    margin = images.reshape(len(images), -1).mean(1) - 0.5
+    return np.stack([-margin, margin], axis=1)
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(0)
+    return (rng.random((37, 3, 4, 4)) * 0.2 + np.linspace(0.3, 0.5, 37)[:, None, None, None]).astype(np.float32)
+
+
+def true_radius(images):
+    """Distance to the hyperplane on which the mean pixel is 0.5."""
+    flat = images.reshape(len(images), -1)
+    return np.abs(flat.mean(1) - 0.5) * np.sqrt(flat.shape[1])
+
+
+def table(certificates):
+    return certificates.prediction.tolist(), certificates.radius.tolist()
+
+
+def test_radii_are_sound_and_close_to_the_truth(images):
+    labels = (images.mean((1, 2, 3)) > 0.5).astype(int)
+    got = certify(halfspace, images, labels, **SETTINGS | {"n0": 1_000, "n": 5_000, "alpha": 1e-6})
+    truth = true_radius(images)
+    certain = got.prediction != ABSTAINED
+    assert certain.sum() > 20
+    assert (got.prediction[certain] == labels[certain]).all()
+    assert (got.radius <= truth).all()
+    reachable = np.minimum(truth, 0.8)
+    assert (got.radius >= reachable - 0.1).all()
+
+
+def test_failures_stay_under_alpha(images):
+    """The share of certificates above the true radius, over many seeds, is at most alpha."""
+    few, alpha = images[::6], 0.05
+    failures = trials = 0
+    for seed in range(150):
+        got = certify(halfspace, few, np.zeros(len(few)), sigma=0.5, n0=10, n=100, alpha=alpha, seed=seed)
+        truth = np.where(got.prediction == (few.mean((1, 2, 3)) > 0.5), true_radius(few), 0)
+        failures += int((got.radius > truth).sum())
+        trials += len(few)
+    assert stats.binom.sf(failures - 1, trials, alpha) > 1e-6, (failures, trials)
+
+
+def test_batch_size_changes_nothing(images):
+    labels = np.zeros(len(images))
+    expected = table(certify(halfspace, images, labels, **SETTINGS))
+    for batch_size in (1, 7, 1_000):
+        assert table(certify(halfspace, images, labels, batch_size=batch_size, **SETTINGS)) == expected
+
+
+def test_order_of_images_changes_nothing(images):
+    order = np.random.default_rng(1).permutation(len(images))
+    forward = certify(halfspace, images, np.arange(37), **SETTINGS)
+    shuffled = certify(halfspace, images[order], np.arange(37)[order], **SETTINGS)
+    np.testing.assert_array_equal(shuffled.radius, forward.radius[order])
+    np.testing.assert_array_equal(shuffled.label, order)
+
+
+def test_map_changes_nothing(images):
+    labels = np.zeros(len(images))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        assert table(certify(halfspace, images, labels, map=threads.map, **SETTINGS)) == table(
+            certify(halfspace, images, labels, **SETTINGS)
+        )
+
+
+def test_seed_and_selection_noise_matter(images):
+    labels = np.zeros(len(images))
+    assert table(certify(halfspace, images, labels, seed=1, **SETTINGS)) != table(certify(halfspace, images, labels, **SETTINGS))
+    seen = []
+
+    def recording(batch):
+        seen.append(batch.copy())
+        return halfspace(batch)
+
+    certify(recording, images[:1], [0], sigma=0.5, n0=8, n=8, alpha=0.1, batch_size=8)
+    assert len(seen) == 2 and not np.allclose(seen[0], seen[1])  # the class is counted on noise that did not select it
+
+
+def test_torch_modules_tensors_and_labels_agree(images):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            margin = x.flatten(1).mean(1) - 0.5
+            return torch.stack([-margin, margin], 1)
+
+    labels = np.zeros(len(images))
+    expected = table(certify(Module(), images, labels, **SETTINGS))
+    assert table(certify(Module(), torch.from_numpy(images), torch.zeros(37), **SETTINGS)) == expected
+    assert table(certify(lambda x: Module()(x).argmax(1), torch.from_numpy(images), labels, **SETTINGS)) == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_logits_are_an_error_that_names_the_image(images, value):
+    def broken(batch):
+        logits = halfspace(batch)
+        logits[np.abs(batch - images[17]).max((1, 2, 3)) < 3] = value
+        return logits
+
+    with pytest.raises(ArqError, match=r"image \d+"):
+        certify(broken, images, np.zeros(37), **SETTINGS)
+
+
+def test_bad_logits_name_the_right_image():
+    images = np.stack([np.full((1, 2, 2), i / 20, np.float32) for i in range(20)])
+
+    def broken(batch):
+        return np.where(batch.mean((1, 2, 3))[:, None] > 0.925, np.nan, [[1.0, 0.0]])
+
+    with pytest.raises(ArqError, match="image 19"):
+        certify(broken, images, np.zeros(20), sigma=1e-4, n0=2, n=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sigma": 0}, "sigma"),
+        ({"sigma": np.nan}, "sigma"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": 1}, "alpha"),
+        ({"n": 0}, "n is 0"),
+        ({"n0": 0}, "n0 is 0"),
+        ({"method": "magic"}, "cohen"),
+    ],
+)
+def test_arguments_out_of_range(images, change, message):
+    with pytest.raises(ArqError, match=message):
+        certify(halfspace, images, np.zeros(37), **SETTINGS | change)
+
+
+def test_images_and_labels_out_of_range(images):
+    with pytest.raises(ArqError, match=r"\[0, 1\]"):
+        certify(halfspace, images * 255, np.zeros(37), **SETTINGS)
+    with pytest.raises(ArqError, match=r"\[0, 1\]"):
+        certify(halfspace, images * np.nan, np.zeros(37), **SETTINGS)
+    with pytest.raises(ArqError, match="one label an image"):
+        certify(halfspace, images, np.zeros(36), **SETTINGS)
+    with pytest.raises(ArqError, match="at least one image"):
+        certify(halfspace, images[:0], np.zeros(0), **SETTINGS)
+
+
+def test_a_coin_is_abstained_on():
+    rng = np.random.default_rng(0)
+    got = certify(lambda batch: rng.integers(0, 2, len(batch)), np.zeros((4, 1, 4, 4)), np.zeros(4), **SETTINGS)
+    assert (got.prediction == ABSTAINED).all() and not got.radius.any() and got.acr == 0 and got.clean_accuracy == 0
+
+
+def test_summary():
+    got = Certificates(
+        label=np.array([0, 1, 2, 3]),
+        prediction=np.array([0, 1, 0, ABSTAINED]),
+        radius=np.array([0.4, 0.2, 0.9, 0.0]),
+        n=np.full(4, 100),
+        seconds=np.zeros(4),
+    )
+    assert got.acr == pytest.approx(0.15)  # a wrong prediction's radius counts for nothing
+    assert got.clean_accuracy == 0.5
+    assert [got.certified_accuracy(r) for r in (0, 0.2, 0.3, 0.5)] == [0.5, 0.5, 0.25, 0]
+
+
+def test_log_comes_back_as_written(images, tmp_path):
+    got = certify(halfspace, images, np.zeros(37), **SETTINGS)
+    got.to_tsv(tmp_path / "log.tsv")
+    assert (tmp_path / "log.tsv").read_text().splitlines()[0] == "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+    assert table(Certificates.from_tsv(tmp_path / "log.tsv")) == table(got)
+
+
+def test_published_log_is_read(tmp_path):
+    path = tmp_path / "published.tsv"
+    path.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t0.62\t1\t0:00:10.500000\n20\t1\t-1\t0.0\t0\t0:01:00\n")
+    got = Certificates.from_tsv(path)
+    assert got.acr == pytest.approx(0.31) and got.seconds.tolist() == [10.5, 60]
+    path.write_text("nothing of the kind")
+    with pytest.raises(ArqError, match="not a certification log"):
+        Certificates.from_tsv(path)
