@@ -1,0 +1,106 @@
+"""The bit-width map: how many bits each layer's weights and input activations get, and its file."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from arq_env.datasets.cache import atomic_file
+from arq_env.errors import ArqError
+from arq_env.layers import Layer
+
+MIN_BITS, MAX_BITS = 2, 8
+#: Bits of the first and the last layer, which every method in the field leaves at 8.
+END_BITS = 8
+FORMAT, VERSION = "arq-bit-widths", 1
+
+
+class Bits(NamedTuple):
+    """Bit-widths of one layer: of its weights, and of the activations it reads."""
+
+    weight: int
+    activation: int
+
+
+#: Layer name to its bits, in the order of the layers.
+BitWidthMap = dict[str, Bits]
+
+
+def free_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers whose bits are chosen: all but the first and the last (all, where there are only two)."""
+    return layers[1:-1] if len(layers) > 2 else layers
+
+
+def complete(chosen: BitWidthMap, layers: tuple[Layer, ...]) -> BitWidthMap:
+    """Add 8 bits for every layer that ``chosen`` leaves out, in the order of ``layers``."""
+    return {layer.name: chosen.get(layer.name, Bits(END_BITS, END_BITS)) for layer in layers}
+
+
+def uniform(layers: tuple[Layer, ...], weight: int, activation: int) -> BitWidthMap:
+    """The same bits for every free layer."""
+    return complete({layer.name: Bits(weight, activation) for layer in free_layers(layers)}, layers)
+
+
+def bops_fraction(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> float:
+    """Bit operations, sum of MACs x weight bits x activation bits, as a fraction of FP32's (32 x 32)."""
+    bops = sum(layer.macs * bit_widths[layer.name].weight * bit_widths[layer.name].activation for layer in layers)
+    return bops / (1024 * sum(layer.macs for layer in layers))
+
+
+def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:
+    """Raise an ArqError that names the layer, unless the map is one for these layers with bits from 2 to 8."""
+    names = {layer.name for layer in layers}
+    for name in bit_widths:
+        if name not in names:
+            raise ArqError(f"the map names a layer {name!r} that the network does not have: is it a map for another network?")
+    for name in names:
+        if name not in bit_widths:
+            raise ArqError(f"the map leaves out layer {name!r}: give its weight_bits and activation_bits")
+    for name, bits in bit_widths.items():
+        for kind, value in zip(Bits._fields, bits, strict=True):
+            if type(value) is not int or not MIN_BITS <= value <= MAX_BITS:
+                raise ArqError(f"layer {name!r} has {kind} bits {value!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
+
+
+def save_map(path: Path, bit_widths: BitWidthMap, layers: tuple[Layer, ...], **header) -> None:
+    """Write ``bit_widths.json``.
+
+    :param header: ``network, dataset, sigma, budget, metrics, provenance``, as the format's readers expect them
+    """
+    entries = [
+        {
+            "name": layer.name,
+            "weight_bits": bit_widths[layer.name].weight,
+            "activation_bits": bit_widths[layer.name].activation,
+            "macs": layer.macs,
+            "parameters": layer.parameters,
+        }
+        for layer in layers
+    ]
+    header = {"format": FORMAT, "version": VERSION} | header
+    extra = {key: header.pop(key) for key in ("metrics", "provenance") if key in header}
+    document = header | {"bops_fraction": bops_fraction(bit_widths, layers), "layers": entries} | extra
+    with atomic_file(path) as file:
+        file.write((json.dumps(document, indent=2) + "\n").encode())
+
+
+def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
+    """Read a map written by :func:`save_map` or by hand; return it with the file's other entries.
+
+    :raises ArqError: when the file is missing or malformed, or the map is not one for ``layers``
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise ArqError(
+                f"{path} has format {document['format']} version {document['version']}: {FORMAT} version {VERSION} is read here"
+            )
+        entries = document.pop("layers")
+        bit_widths = {entry["name"]: Bits(entry["weight_bits"], entry["activation_bits"]) for entry in entries}
+    except OSError as error:
+        raise ArqError(f"{path} cannot be read ({error.strerror}): give the path of a bit_widths.json") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ArqError(
+            f"{path} is not a bit-width map ({type(error).__name__}: {error}): it needs format, version and layers"
+        ) from error
+    check_map(bit_widths, layers)
+    return complete(bit_widths, layers), document

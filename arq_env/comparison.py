@@ -1,0 +1,143 @@
+"""Several maps of one network certified on the same test images with the same noise, so that their differences are paired."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arq_env.bitwidths import BitWidthMap, bops_fraction
+from arq_env.certification import Certificates, certify
+from arq_env.certification.smoothing import CHUNK
+from arq_env.datasets.cache import sha256
+from arq_env.evaluation import Evaluator
+from arq_env.layers import Layer
+from arq_env.provenance import provenance
+
+#: Name of the network that is not quantized.
+FP32 = "FP32"
+
+
+@dataclass(frozen=True)
+class TestSettings:
+    """A certificate for reporting: every ``every``-th test image, Cohen's certifier at its published alpha."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    every: int = 20
+    n0: int = 100
+    n: int = 1_000
+    alpha: float = 0.001
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Certificates of FP32 and of each map.
+
+    :param certificates: name to table, FP32 first
+    :param maps: name to map, without FP32
+    """
+
+    settings: TestSettings
+    layers: tuple[Layer, ...]
+    maps: dict[str, BitWidthMap]
+    certificates: dict[str, Certificates]
+
+    def bops_fraction(self, name: str) -> float:
+        """BOPs of one of the networks as a fraction of FP32's."""
+        return bops_fraction(self.maps[name], self.layers) if name in self.maps else 1.0
+
+    def difference(self, a: str, b: str) -> tuple[float, float]:
+        """ACR of ``a`` minus ACR of ``b``, and the standard error of this paired difference."""
+        return paired_difference(self.certificates[a], self.certificates[b])
+
+    def document(self, evaluator: Evaluator) -> dict:
+        """Everything as plain data for JSON, with what is needed to redo it."""
+        card, (base, *_) = evaluator.problem.card, self.maps
+        return {
+            "images": len(self.certificates[FP32]),
+            "settings": asdict(self.settings),
+            "sigma": evaluator.problem.sigma,
+            "networks": {
+                name: summarize(table) | {"bops_fraction": self.bops_fraction(name)} for name, table in self.certificates.items()
+            },
+            "acr_differences": {
+                f"{a} - {b}": dict(zip(("mean", "standard_error"), self.difference(a, b), strict=True))
+                for b in (FP32, base)
+                for a in self.maps
+                if a != b
+            },
+            "maps": {name: {layer: list(bits) for layer, bits in bits_of.items()} for name, bits_of in self.maps.items()},
+            "checkpoint": card.get("digest"),
+            "provenance": provenance(),
+        }
+
+
+def compare_maps(
+    evaluator: Evaluator,
+    maps: dict[str, BitWidthMap],
+    settings: TestSettings,
+    *,
+    folder: Path | None = None,
+    progress: Callable[[str, int], Callable] = lambda name, chunks: iter,
+) -> Comparison:
+    """Certify FP32 and each map on the test images.
+
+    :param folder: where each table is kept; one already there, for the same network, map and settings, is not made again
+    :param progress: called with a name and its number of chunks, returns what wraps the iterable of chunks
+    """
+    problem = evaluator.problem
+    images, labels = problem.test_images(settings.every)
+    certificates = {}
+    for name, bit_widths in {FP32: None, **maps}.items():
+        identity = [
+            bit_widths,
+            asdict(settings),
+            problem.sigma,
+            problem.card.get("digest"),
+            sha256(np.ascontiguousarray(images)),
+            evaluator.settings.seed,
+        ]
+        path = None if folder is None else Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
+        if path is not None and path.exists():
+            certificates[name] = Certificates.from_tsv(path)
+            continue
+        network = problem.network if bit_widths is None else evaluator.quantizer.quantize(bit_widths)
+        certificates[name] = certify(
+            network,
+            images,
+            labels,
+            sigma=problem.sigma,
+            n0=settings.n0,
+            n=settings.n,
+            alpha=settings.alpha,
+            seed=settings.seed,
+            progress=progress(name, -(-len(images) // CHUNK)),
+        )
+        if path is not None:
+            certificates[name].to_tsv(path)
+    return Comparison(settings, problem.layers, maps, certificates)
+
+
+def paired_difference(a: Certificates, b: Certificates) -> tuple[float, float]:
+    """Mean over images of a's certified radius minus b's, and its standard error."""
+    difference = a.certified_radius - b.certified_radius
+    return float(difference.mean()), standard_error(difference)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of a mean over images; infinite for a single one."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+
+
+def summarize(certificates: Certificates, radii=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5)) -> dict:
+    """ACR with its standard error, clean accuracy, and certified accuracy at some radii."""
+    return {
+        "acr": certificates.acr,
+        "acr_standard_error": standard_error(certificates.certified_radius),
+        "clean_accuracy": certificates.clean_accuracy,
+        "certified_accuracy": {f"{radius:g}": certificates.certified_accuracy(radius) for radius in radii},
+    }

@@ -1,0 +1,180 @@
+"""The Markov decision process: one step a layer, the certifier's verdict at the end."""
+
+import math
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from arq_env.bitwidths import Bits, bops_fraction, complete, free_layers
+from arq_env.budget import BopsBudget
+from arq_env.errors import ArqError
+from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.observation import FEATURES, observe, static_features
+from arq_env.problem import Problem, load_problem
+from arq_env.render import render_ansi, render_rgb
+
+#: Bits that an action of 1 adds to an even share.
+REACH = 2
+#: Reward per unit of relative ACR: losing all of FP32's ACR gives -10.
+REWARD_SCALE = 10.0
+
+
+class ArqEnv(gymnasium.Env):
+    """Choose the bit-widths of a network, layer by layer, so that its certified robustness survives.
+
+    ## Description
+    A network trained under Gaussian noise is quantized to mixed precision within a budget of bit operations (BOPs, the sum over
+    layers of MACs x weight bits x activation bits). An episode walks the layers from input to output; the first and the
+    last layer keep 8 bits and are passed over. After the last step the network is quantized, BatchNorm's statistics are
+    estimated anew, and randomized smoothing certifies it on images held out for the reward. A reconstruction of the
+    decision process of ARQ (arXiv 2410.24214) and of HAQ (arXiv 1811.08886), which it builds on.
+
+    ## Observation Space
+    `Box(0, 1, (15,), float32)`: features of the layer whose bits are next, those of a fixed size scaled over the layers.
+
+    | index | feature                  | why it is there                                                       |
+    | ----- | ------------------------ | --------------------------------------------------------------------- |
+    | 0     | position                 | early layers see noise first, late ones carry the class               |
+    | 1, 2  | depthwise, linear        | kinds of layers stand coarse bits differently                         |
+    | 3, 4  | input, output channels   | wide layers average quantization errors out (log scale)               |
+    | 5, 6  | kernel elements, stride  | stride 2 layers lose information that nothing downstream restores     |
+    | 7     | parameters               | the size of what weight bits act on (log scale)                       |
+    | 8     | input positions          | the size of what activation bits act on (log scale)                   |
+    | 9     | MACs                     | what a bit costs here (log scale)                                     |
+    | 10    | share of MACs left       | how much is still to be paid for                                      |
+    | 11    | budget                   | even share of this episode's budget, sqrt(bits x bits) / 8            |
+    | 12    | budget left              | even share of what is left: without it the process is not Markov      |
+    | 13, 14| previous weight and activation bits / 8 | errors of neighbouring layers add up                   |
+
+    ## Action Space
+    `Box(-1, 1, (2,), float32)`: weight and activation bits of this layer, relative to what the rest of the budget
+    affords. 0 is an even share, the bits that all remaining layers could have alike; -1 and 1 are 2 bits fewer and
+    more. The result is rounded, clipped to 2..8, and lowered until all later layers can still have 2/2, so that every map
+    that leaves the environment is within its budget.
+
+    ## Rewards
+    0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
+    certifier and the same noise as the reference: 0 is "as good as FP32", 2 bits everywhere is clearly negative.
+
+    ## Starting State
+    The first layer that is not fixed, nothing spent. `reset(options={"budget": f})` sets the budget for one episode.
+
+    ## Episode End
+    Terminates after the last free layer (18 steps for ResNet-20); never truncates. The last step's `info` holds
+    `bit_widths` (name to (weight, activation)), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius
+    sigma / 2), `reference_acr` and `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing.
+
+    ## Arguments
+    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, device="cpu")`, and the reward
+    certifier's `images`, `n0`, `n`, `alpha` and `seed` (see :class:`arq_env.evaluation.CertifierSettings`). The class
+    itself takes a :class:`arq_env.problem.Problem`, which holds any network of Conv2d and Linear layers.
+
+    ## Version History
+    * v0: first release
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        budget: float = 1 / 64,
+        settings: CertifierSettings = CertifierSettings(),
+        render_mode: str | None = None,
+    ):
+        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+            raise ArqError(f"there is no render mode {render_mode!r}: choose one of {', '.join(self.metadata['render_modes'])}")
+        self.problem, self.render_mode = problem, render_mode
+        self.evaluator = Evaluator(problem, settings)
+        self.layers = problem.layers
+        self.free_layers = free_layers(self.layers)
+        self.default_budget = BopsBudget(self.layers, budget)
+        self._static = static_features(self.free_layers)
+        self.observation_space = spaces.Box(0, 1, (len(FEATURES),), np.float32)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32)
+        self._start(self.default_budget)
+
+    def _start(self, budget: BopsBudget) -> None:
+        self.budget = budget
+        self._chosen: dict[str, Bits] = {}
+        self._spent = 0
+        self._previous = Bits(8, 8)
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode; ``options={"budget": f}`` sets its budget as a fraction of FP32's BOPs."""
+        super().reset(seed=seed)
+        options = dict(options or {})
+        budget = options.pop("budget", None)
+        if options:
+            raise ArqError(f"there is no reset option {next(iter(options))!r}: the one option is 'budget'")
+        self._start(self.default_budget if budget is None else BopsBudget(self.layers, budget))
+        return self._observe(), {}
+
+    def step(self, action):
+        """Give the current layer its bits; the last step quantizes and certifies."""
+        step = len(self._chosen)
+        if step == len(self.free_layers):
+            raise gymnasium.error.ResetNeeded("the episode is over: call reset() before the next step")
+        layer = self.free_layers[step]
+        bits = self.budget.fit(self._bits(action, step), step, self._spent)
+        self._chosen[layer.name] = self._previous = bits
+        self._spent += layer.macs * bits.weight * bits.activation
+        if step + 1 < len(self.free_layers):
+            return self._observe(), 0.0, False, False, {}
+        return self._observe(), *self._verdict()
+
+    def _bits(self, action, step: int) -> Bits:
+        """Bits relative to an even share of what is left of the budget."""
+        weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
+        if not (math.isfinite(weight) and math.isfinite(activation)):
+            raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
+        share = math.sqrt(self.budget.even_share(step, self._spent))
+        return Bits(*(math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation)))
+
+    def _observe(self) -> np.ndarray:
+        return observe(self._static, self.budget, len(self._chosen), self._spent, self._previous)
+
+    def _verdict(self):
+        bit_widths = complete(self._chosen, self.layers)
+        reference = self.evaluator.reference
+        evaluation = self.evaluator.evaluate(bit_widths)
+        info = {
+            "bit_widths": {name: tuple(bits) for name, bits in bit_widths.items()},
+            "bops_fraction": bops_fraction(bit_widths, self.layers),
+            "acr": evaluation.acr,
+            "clean_accuracy": evaluation.clean_accuracy,
+            "certified_accuracy": evaluation.certified_accuracy,
+            "reference_acr": reference.acr,
+            "evaluation_seconds": evaluation.seconds,
+        }
+        return REWARD_SCALE * (evaluation.acr / reference.acr - 1), True, False, info
+
+    def render(self):
+        """The bits chosen so far: text (``ansi``) or a bar chart as uint8 [h, w, 3] (``rgb_array``)."""
+        if self.render_mode == "ansi":
+            return render_ansi(self.layers, self._chosen)
+        if self.render_mode == "rgb_array":
+            return render_rgb(self.layers, self._chosen)
+        gymnasium.logger.warn("render() was called without a render_mode: pass one to gym.make")
+        return None
+
+
+def make_env(
+    network: str,
+    dataset: str,
+    sigma: float = 0.5,
+    training: str = "gaussian",
+    budget: float = 1 / 64,
+    device: str = "cpu",
+    render_mode: str | None = None,
+    **settings,
+) -> ArqEnv:
+    """What ``gym.make`` calls: the environment of a shipped checkpoint; every argument can be written as JSON.
+
+    :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`
+    :raises ArqError: for an argument out of range, a missing checkpoint or a budget that cannot be met
+    """
+    problem = load_problem(network, dataset, sigma=sigma, training=training, device=device)
+    return ArqEnv(problem, budget=budget, settings=CertifierSettings(**settings), render_mode=render_mode)

@@ -1,0 +1,137 @@
+"""From a bit-width map to its evaluation: quantize, then certify on the reward split; remembered by map."""
+
+import time
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from arq_env.bitwidths import BitWidthMap
+from arq_env.certification import Certificates, certify
+from arq_env.errors import ArqError
+from arq_env.networks.training import noisy_accuracy
+from arq_env.problem import Problem
+from arq_env.quantization import Quantizer
+
+#: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
+NOISE_LOSS = 0.5
+
+
+@dataclass(frozen=True)
+class CertifierSettings:
+    """How the reward is measured: Cohen's certifier on few noise samples for each of many images.
+
+    For as many forward passes, many images with few samples rank maps better than few images with many, and a ranking
+    needs no small alpha. These radii are for comparing maps; figures to quote are certified with more samples.
+
+    :param images: images of the reward split
+    :param n0: noise samples that select an image's class
+    :param n: fresh noise samples that count it
+    :param alpha: error probability of each radius
+    :param seed: of noise and calibration; the same for all maps, so that they are compared on the same noise
+    """
+
+    images: int = 512
+    n0: int = 4
+    n: int = 8
+    alpha: float = 0.3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the reward certifier says of one network.
+
+    :param acr: average certified radius, in units of pixels in [0, 1]
+    :param clean_accuracy: of the smoothed classifier
+    :param certified_accuracy: at radius sigma / 2
+    :param seconds: it took
+    """
+
+    acr: float
+    clean_accuracy: float
+    certified_accuracy: float
+    seconds: float
+
+
+class Evaluator:
+    """Evaluates maps on one problem, each once.
+
+    :param problem: network, data and sigma
+    :param settings: of the reward certifier
+    """
+
+    def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings()):
+        self.problem, self.settings = problem, settings
+        self._known: dict[tuple, Evaluation] = {}
+
+    @cached_property
+    def quantizer(self) -> Quantizer:
+        """Calibrated at first use."""
+        problem = self.problem
+        return Quantizer(problem.network, problem.layers, problem.calibration_images(self.settings.seed))
+
+    @cached_property
+    def reference(self) -> Evaluation:
+        """The FP32 network under the same certifier; warns when it never saw noise.
+
+        :raises ArqError: when not a single radius is certified, so that there is nothing to compare with
+        """
+        warn_if_noise_is_new(self.problem)
+        evaluation = self._evaluate(lambda: self.problem.network)
+        if evaluation.acr == 0:
+            raise ArqError(
+                f"the FP32 network certifies none of the {self.settings.images} reward images at sigma {self.problem.sigma}: "
+                "use a network trained under this noise, or more noise samples"
+            )
+        return evaluation
+
+    def evaluate(self, bit_widths: BitWidthMap) -> Evaluation:
+        """Evaluate a map, or recall its evaluation.
+
+        :raises ArqError: when it is not a map for this network
+        """
+        key = tuple(bit_widths.items())
+        if key not in self._known:
+            self._known[key] = self._evaluate(lambda: self.quantizer.quantize(bit_widths))
+        return self._known[key]
+
+    def remember(self, bit_widths: BitWidthMap, evaluation: Evaluation) -> None:
+        """Take over an evaluation made earlier under the same settings, such as one from a trace."""
+        self._known[tuple(bit_widths.items())] = evaluation
+
+    def _evaluate(self, build) -> Evaluation:
+        images, labels = self._reward_images
+        start = time.perf_counter()
+        certificates = self._certify(build(), images, labels)
+        return Evaluation(
+            acr=certificates.acr,
+            clean_accuracy=certificates.clean_accuracy,
+            certified_accuracy=certificates.certified_accuracy(self.problem.sigma / 2),
+            seconds=time.perf_counter() - start,
+        )
+
+    @cached_property
+    def _reward_images(self):
+        return self.problem.reward_images(self.settings.images)
+
+    def _certify(self, network: nn.Module, images, labels) -> Certificates:
+        s = self.settings
+        return certify(network, images, labels, sigma=self.problem.sigma, n0=s.n0, n=s.n, alpha=s.alpha, seed=s.seed)
+
+
+def warn_if_noise_is_new(problem: Problem, count: int = 256) -> None:
+    """Warn when the base network loses over half of its accuracy under noise: its certificates will be empty."""
+    split = problem.dataset.reward
+    images, labels = split.images[:count], split.labels[:count]
+    clean = noisy_accuracy(problem.network, images, labels, sigma=0.0)
+    noisy = noisy_accuracy(problem.network, images, labels, sigma=problem.sigma)
+    # A network that learned noise can be worse on clean images than on noisy ones, so the better of the two is the measure.
+    chance = 1 / len(problem.dataset.classes)
+    if noisy - chance < NOISE_LOSS * (max(clean, noisy) - chance):
+        warnings.warn(
+            f"the base network has accuracy {clean:.2f} on clean images and {noisy:.2f} under noise of sigma {problem.sigma}: "
+            "it seems not to be trained under this noise, so expect small radii (sigma is in units of pixels in [0, 1])",
+            stacklevel=2,
+        )

@@ -1,0 +1,90 @@
+"""The layers of a network that can be quantized: what they are called, how big they are, what they cost."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from arq_env.errors import ArqError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Conv2d or Linear; sizes are those seen for one input image.
+
+    :param name: fully qualified, as in ``named_modules()``
+    :param kernel: elements of the kernel window (9 for 3x3, 1 for Linear)
+    :param input_size: positions of the input feature map (h times w; 1 for Linear)
+    :param macs: multiply-accumulates for one image, over all calls of the layer
+    :param parameters: number of weights, without bias
+    """
+
+    name: str
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    depthwise: bool
+    input_size: int
+    macs: int
+    parameters: int
+
+
+def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer, ...]:
+    """List the Conv2d and Linear layers that a forward pass uses, in order of first use.
+
+    :param input_shape: of one image, as [c, h, w]
+    :raises ArqError: when there is none, naming the module types that are there
+    """
+    calls: dict[str, tuple[torch.Size, int]] = {}
+
+    def record(name):
+        def hook(module, inputs, output):
+            _, macs = calls.get(name, (None, 0))
+            calls[name] = (inputs[0].shape, macs + _macs(module, output))
+
+        return hook
+
+    modules = {name: m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    hooks = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    was_training = network.training
+    try:
+        parameter = next(network.parameters(), torch.empty(0))
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, *input_shape, device=parameter.device))
+    finally:
+        network.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if not calls:
+        kinds = Counter(type(m).__name__ for m in network.modules())
+        raise ArqError(
+            "the network uses no Conv2d and no Linear layer, so there is nothing to quantize; it is made of "
+            + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        )
+    return tuple(_describe(name, modules[name], *seen) for name, seen in calls.items())
+
+
+def _macs(module, output) -> int:
+    per_output = module.weight[0].numel()
+    positions = output.numel() // output.shape[0]
+    return positions * per_output
+
+
+def _describe(name, module, shape, macs) -> Layer:
+    conv = isinstance(module, nn.Conv2d)
+    return Layer(
+        name=name,
+        kind="conv" if conv else "linear",
+        in_channels=module.in_channels if conv else module.in_features,
+        out_channels=module.out_channels if conv else module.out_features,
+        kernel=math.prod(module.kernel_size) if conv else 1,
+        stride=max(module.stride) if conv else 1,
+        depthwise=conv and module.groups == module.in_channels > 1,
+        input_size=math.prod(shape[2:]) if conv else math.prod(shape[1:-1]),
+        macs=macs,
+        parameters=module.weight.numel(),
+    )

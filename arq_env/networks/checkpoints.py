@@ -1,0 +1,83 @@
+"""Networks by name and their trained weights: one safetensors file and one JSON card each."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from arq_env.datasets.cache import atomic_file, sha256
+from arq_env.errors import ArqError
+from arq_env.networks.resnet import resnet20
+
+NETWORKS = {"resnet20": resnet20}
+SHIPPED = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which weights: a network trained on a data set under noise ``sigma`` by a training method."""
+
+    network: str
+    dataset: str
+    sigma: float
+    training: str = "gaussian"
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}-{self.dataset}-sigma{self.sigma:g}-{self.training}"
+
+    def path(self, folder: Path = SHIPPED) -> Path:
+        return Path(folder) / f"{self.name}.safetensors"
+
+
+def build_network(name: str) -> torch.nn.Module:
+    """An untrained network, with initial weights from torch's global generator.
+
+    :raises ArqError: for an unknown name
+    """
+    if name not in NETWORKS:
+        raise ArqError(f"there is no network {name!r}: choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]()
+
+
+def save_checkpoint(network: torch.nn.Module, path: Path, card: dict) -> dict:
+    """Write ``path`` (float32 weights) and its card beside it; return the card with the file's ``digest`` (SHA-256)."""
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
+    card = card | {"digest": sha256(data)}
+    with atomic_file(path) as file:
+        file.write(data)
+    with atomic_file(path.with_suffix(".json")) as file:
+        file.write((json.dumps(card, indent=2) + "\n").encode())
+    return card
+
+
+def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[torch.nn.Module, dict]:
+    """Return the network in evaluation mode, channels-last, and its card.
+
+    :raises ArqError: when there is no such checkpoint, or its bytes are not those the card was written for
+    """
+    path = checkpoint.path(folder)
+    with torch.device("meta"):  # no initial weights, which would advance the global generator
+        network = build_network(checkpoint.network)
+    card_path = path.with_suffix(".json")
+    if not path.exists() or not card_path.exists():
+        there = sorted(p.stem for p in Path(folder).glob("*.safetensors")) or ["none"]
+        raise ArqError(
+            f"there is no checkpoint {checkpoint.name} (there: {', '.join(there)}): "
+            "choose one, or train it with experiments/pretrain.py"
+        )
+    try:
+        card, data = json.loads(card_path.read_text()), path.read_bytes()
+        if sha256(data) != card["digest"]:
+            raise ArqError(
+                f"{path} is damaged (SHA-256 differs from its card's): restore it or train it again with experiments/pretrain.py"
+            )
+        network.load_state_dict(load(data), assign=True)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ArqError):
+            raise
+        raise ArqError(f"{path} cannot be loaded ({error}): restore it or train it again with experiments/pretrain.py") from error
+    return network.eval().to(memory_format=torch.channels_last), card

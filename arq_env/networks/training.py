@@ -1,0 +1,138 @@
+"""Training under Gaussian noise (Cohen et al. 2019, section 3.3), resumable at every epoch."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from arq_env.datasets import Dataset
+from arq_env.datasets.augment import random_crop, to_float
+from arq_env.datasets.cache import atomic_file
+from arq_env.errors import ArqError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the trained weights, given network and data."""
+
+    sigma: float = 0.5
+    epochs: int = 80
+    batch: int = 128
+    peak_rate: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    seed: int = 0
+    precision: str = "fp32"
+
+
+def train(
+    network: torch.nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    compile: bool = False,
+    on_batch: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[dict], None] = lambda record: None,
+) -> list[dict]:
+    """Train ``network`` in place with SGD (Nesterov) under a one-cycle rate; one crop, one noise an image and epoch.
+
+    After each epoch ``folder/training.pt`` holds weights, optimizer, schedule and history; a second call goes on from there
+    and ends with the same weights as an uninterrupted one, since every epoch's generator is seeded by its number.
+
+    :param device: where images, noise and network live, as torch names it
+    :param compile: run through ``torch.compile`` (needs a C++ compiler; pays after about two epochs)
+    :param on_batch: called after each batch, for a progress bar
+    :param on_epoch: called with each epoch's record: epoch, loss, rate, images_per_second, held_out_accuracy (under noise)
+    :return: the records of all epochs
+    :raises ArqError: when the folder holds another recipe's state
+    """
+    images = torch.as_tensor(dataset.train.images, device=device)
+    labels = torch.as_tensor(dataset.train.labels, device=device)
+    network.to(device, memory_format=torch.channels_last)
+    steps = len(images) // recipe.batch
+    optimizer = torch.optim.SGD(
+        network.parameters(), recipe.peak_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.peak_rate, epochs=recipe.epochs, steps_per_epoch=steps, pct_start=0.2, cycle_momentum=False
+    )
+    history = _restore(folder, recipe, network, optimizer, schedule)
+    forward = torch.compile(network) if compile else network
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16")
+
+    for epoch in range(len(history), recipe.epochs):
+        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(images), generator=generator, device=device)
+        network.train()
+        total, start = torch.zeros((), device=device), time.perf_counter()
+        for chosen in order[: steps * recipe.batch].split(recipe.batch):
+            batch = to_float(random_crop(images[chosen], generator, flip=dataset.flip))
+            noise = torch.randn(batch.shape, generator=generator, device=device)
+            with autocast:
+                logits = forward(batch.add_(noise, alpha=recipe.sigma))
+            loss = functional.cross_entropy(logits.float(), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            on_batch()
+        record = {
+            "epoch": epoch + 1,
+            "loss": total.item() / steps,
+            "rate": schedule.get_last_lr()[0],
+            "images_per_second": steps * recipe.batch / (time.perf_counter() - start),
+            "held_out_accuracy": noisy_accuracy(network, *dataset.reward, sigma=recipe.sigma, seed=recipe.seed),
+        }
+        history.append(record)
+        _save(folder, recipe, network, optimizer, schedule, history)
+        on_epoch(record)
+    return history
+
+
+@torch.inference_mode()
+def noisy_accuracy(network, images, labels, *, sigma: float, seed: int = 0, batch: int = 256) -> float:
+    """Accuracy of the base classifier on single noisy images: one draw of N(0, sigma^2) an image.
+
+    :param images: uint8 [n, h, w, 3]
+    """
+    device = next(network.parameters()).device
+    network.eval()
+    generator = torch.Generator().manual_seed(seed)
+    right = 0
+    for start in range(0, len(images), batch):
+        part = to_float(torch.as_tensor(images[start : start + batch]))
+        part.add_(torch.randn(part.shape, generator=generator), alpha=sigma)
+        right += int((network(part.to(device)).argmax(1).cpu() == torch.as_tensor(labels[start : start + batch])).sum())
+    return right / len(images)
+
+
+def _save(folder, recipe, network, optimizer, schedule, history) -> None:
+    state = {
+        "recipe": json.dumps(asdict(recipe)),
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "history": history,
+    }
+    with atomic_file(Path(folder) / "training.pt") as file:
+        torch.save(state, file)
+
+
+def _restore(folder, recipe, network, optimizer, schedule) -> list[dict]:
+    path = Path(folder) / "training.pt"
+    if not path.exists():
+        return []
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["recipe"] != json.dumps(asdict(recipe)):
+        raise ArqError(f"{path} was trained with another recipe ({state['recipe']}): choose another --output")
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["history"]

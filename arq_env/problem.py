@@ -1,0 +1,94 @@
+"""What is being quantized: a network, its layers, its data and its noise level."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from arq_env.datasets import Dataset, load_dataset
+from arq_env.datasets.augment import random_crop, to_float
+from arq_env.errors import ArqError
+from arq_env.layers import Layer, find_layers
+from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
+
+CALIBRATION_IMAGES = 1_280
+
+
+@dataclass
+class Problem:
+    """A base classifier trained under noise, with the data to calibrate, to reward and to certify it.
+
+    :param network: in evaluation mode; images [n, c, h, w] in [0, 1] to logits (normalisation inside)
+    :param load: returns the data set; called at the first use of an image, so that building a problem downloads nothing
+    :param sigma: standard deviation of the smoothing noise, in units of pixels in [0, 1]
+    :param input_shape: of one image, [c, h, w]
+    :param card: what the network is and where it comes from, for the files that results are written to
+    """
+
+    network: torch.nn.Module
+    load: Callable[[], Dataset]
+    sigma: float
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    card: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not (np.isfinite(self.sigma) and self.sigma > 0):
+            raise ArqError(f"sigma is {self.sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers to quantize, in order of use."""
+        return find_layers(self.network, self.input_shape)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, loaded at first use."""
+        return self.load()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.network.parameters()).device
+
+    def calibration_images(self, seed: int = 0) -> torch.Tensor:
+        """1,280 training images, cropped and flipped as in training, with noise: float32 [n, c, h, w] on the device.
+
+        The augmentation matters: BatchNorm's statistics on images without the border of random crops cost two points of accuracy.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        images = self.dataset.train.images
+        chosen = torch.randperm(len(images), generator=generator)[:CALIBRATION_IMAGES]
+        cropped = random_crop(torch.as_tensor(images[chosen.numpy()]), generator, flip=self.dataset.flip)
+        noisy = to_float(cropped)
+        noisy += self.sigma * torch.randn(noisy.shape, generator=generator)
+        return noisy.to(self.device)
+
+    def reward_images(self, count: int) -> tuple[torch.Tensor, np.ndarray]:
+        """The first ``count`` images of the reward split: float32 [n, c, h, w] in [0, 1], and labels [n]."""
+        return self._images(self.dataset.reward, slice(count))
+
+    def test_images(self, every: int = 20) -> tuple[torch.Tensor, np.ndarray]:
+        """Every ``every``-th test image, for final certificates only."""
+        return self._images(self.dataset.test, slice(None, None, every))
+
+    def _images(self, split, chosen):
+        if chosen.stop is not None and not 1 <= chosen.stop <= len(split.images):
+            raise ArqError(f"{chosen.stop} reward images were asked for: give a number from 1 to {len(split.images)}")
+        return to_float(torch.as_tensor(split.images[chosen])), split.labels[chosen]
+
+
+def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: str = "gaussian", device: str = "cpu") -> Problem:
+    """The problem of a shipped checkpoint.
+
+    :raises ArqError: for sigma out of range, when there is no such checkpoint, or it is damaged, or there is no such device
+    """
+    if not (isinstance(sigma, (int, float)) and np.isfinite(sigma) and sigma > 0):
+        raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
+    module, card = load_checkpoint(Checkpoint(network, dataset, float(sigma), training))
+    try:
+        module = module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArqError(f"the device {device!r} cannot be used ({str(error).splitlines()[0]}): choose cpu or cuda") from error
+    return Problem(module, lambda: load_dataset(dataset), float(sigma), card=card)

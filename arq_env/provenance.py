@@ -1,0 +1,40 @@
+"""What a result was made with: enough to redo it."""
+
+import platform
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("arq-env", "gymnasium", "numpy", "scipy", "stable-baselines3", "torch")
+
+
+def provenance() -> dict:
+    """Command line, package versions, Python and processor of this process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "versions": versions | {"python": platform.python_version()},
+        "hardware": _hardware(),
+    }
+
+
+def _relative(arguments: list[str]) -> list[str]:
+    """The script as it would be called from the folder above it: no path of this machine."""
+    script = Path(arguments[0])
+    return [f"{script.parent.name}/{script.name}" if script.suffix == ".py" else script.name, *arguments[1:]]
+
+
+def _hardware() -> str:
+    import os
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

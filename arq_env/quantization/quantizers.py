@@ -1,0 +1,65 @@
+"""Uniform quantizers and the step sizes that minimise their mean squared error."""
+
+import torch
+
+#: Steps tried, as fractions of the step that just reaches the largest magnitude.
+WEIGHT_FRACTIONS = torch.linspace(0.1, 1.0, 91)
+ACTIVATION_FRACTIONS = torch.linspace(0.02, 1.0, 99)
+
+
+def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
+    """The integers a value is rounded to. A signed range is symmetric, so at 2 bits it is ternary.
+
+    >>> integer_range(4, signed=True), integer_range(2, signed=True), integer_range(4, signed=False)
+    ((-7, 7), (-1, 1), (0, 15))
+    """
+    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def to_integers(x: torch.Tensor, step: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Nearest multiple of ``step``, in units of ``step``, clipped to [low, high] (ties to even, as torch rounds).
+
+    >>> to_integers(torch.tensor([-0.3, 0.24, 0.26, 9.0]), torch.tensor(0.5), 0, 3)
+    tensor([0., 0., 1., 3.])
+    """
+    return (x / step).clamp_(low, high).round_()
+
+
+def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Step of each output channel with the least squared error on the weights themselves.
+
+    :param weight: [out, ...]
+    :return: [out], positive
+    """
+    low, high = integer_range(bits, signed=True)
+    rows = weight.detach().flatten(1)
+    return _least_error(rows, rows.abs().amax(1) / high, WEIGHT_FRACTIONS, low, high)
+
+
+def activation_step(samples: torch.Tensor, bits: int) -> torch.Tensor:
+    """The one step with the least squared error on sampled activations; signed only where some are negative.
+
+    :param samples: [n]
+    :return: scalar, positive
+    """
+    low, high = integer_range(bits, signed=is_signed(samples))
+    rows = samples.detach().flatten()[None]
+    return _least_error(rows, rows.abs().amax(1) / high, ACTIVATION_FRACTIONS, low, high)[0]
+
+
+def is_signed(samples: torch.Tensor) -> bool:
+    """Whether activations take negative values, so that they need a signed range."""
+    return bool(samples.min() < 0)
+
+
+def _least_error(rows, largest_step, fractions, low, high):
+    largest_step = largest_step.clamp_min(torch.finfo(rows.dtype).tiny * 1e6)  # a channel of zeros keeps a usable step
+    best = largest_step.clone()
+    least = torch.full_like(best, torch.inf)
+    for fraction in fractions:
+        step = largest_step * fraction
+        column = step[:, None]
+        error = (to_integers(rows, column, low, high) * column - rows).square_().sum(1)
+        better = error < least
+        best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return best

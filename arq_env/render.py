@@ -1,0 +1,42 @@
+"""Pictures of a bit-width map: text for a terminal, a bar chart for a video or TensorBoard."""
+
+import numpy as np
+
+from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, BitWidthMap, free_layers
+from arq_env.layers import Layer
+
+
+def render_ansi(layers: tuple[Layer, ...], chosen: BitWidthMap) -> str:
+    """One line a layer: name, shape, weight bits / activation bits, and a bar of each; dots where not chosen yet."""
+    width = max(len(layer.name) for layer in layers)
+    lines = []
+    for layer, bits in zip(layers, _all_bits(layers, chosen), strict=True):
+        shape = f"{layer.in_channels}x{layer.out_channels}x{layer.kernel}"
+        bars = "  ".join(("#" * bit).ljust(MAX_BITS, ".") for bit in bits)
+        text = "/".join(str(bit or "-") for bit in bits)
+        lines.append(f"{layer.name:<{width}}  {shape:>10}  {text}  {bars}")
+    return "\n".join(lines)
+
+
+def render_rgb(layers: tuple[Layer, ...], chosen: BitWidthMap) -> np.ndarray:
+    """Two bars a layer, weight and activation bits: uint8 [h, w, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 0.32 * len(layers)), 4.0), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    x, bits = np.arange(len(layers)), np.array(_all_bits(layers, chosen))
+    axes.bar(x - 0.2, bits[:, 0], 0.4, label="weight bits")
+    axes.bar(x + 0.2, bits[:, 1], 0.4, label="activation bits")
+    axes.set_xticks(x, [layer.name for layer in layers], rotation=90, fontsize=7)
+    axes.set(ylim=(0, MAX_BITS + 1.5), yticks=range(0, MAX_BITS + 1, 2), ylabel="bits")
+    axes.legend(loc="upper center", ncols=2, frameon=False)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _all_bits(layers, chosen):
+    fixed = {layer.name for layer in layers} - {layer.name for layer in free_layers(layers)}
+    ends, open_ = Bits(END_BITS, END_BITS), Bits(0, 0)
+    return [ends if layer.name in fixed else chosen.get(layer.name, open_) for layer in layers]

@@ -1,0 +1,43 @@
+"""Tables for the terminal: a map layer by layer, and networks side by side."""
+
+from arq_env.bitwidths import BitWidthMap
+from arq_env.comparison import Comparison, standard_error
+from arq_env.layers import Layer
+
+
+def layer_table(layers: tuple[Layer, ...], bit_widths: BitWidthMap) -> str:
+    """One line a layer: name, shape, weight and activation bits, share of the map's BOPs."""
+    costs = [layer.macs * bit_widths[layer.name].weight * bit_widths[layer.name].activation for layer in layers]
+    rows = [("layer", "shape (in x out x kernel)", "weight bits", "activation bits", "share of BOPs")]
+    for layer, cost in zip(layers, costs, strict=True):
+        bits = bit_widths[layer.name]
+        shape = f"{layer.in_channels} x {layer.out_channels} x {layer.kernel}"
+        rows.append((layer.name, shape, str(bits.weight), str(bits.activation), f"{cost / sum(costs):.1%}"))
+    return _table(rows)
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """One line a network: ACR, clean accuracy, BOPs fraction, and the ACR's paired difference to the first map's."""
+    base = next(iter(comparison.maps))
+    rows = [("network", "ACR", "clean accuracy", "BOPs of FP32", f"ACR - {base} (paired)")]
+    for name, table in comparison.certificates.items():
+        difference, error = comparison.difference(name, base)
+        rows.append(
+            (
+                name,
+                f"{table.acr:.4f} +- {standard_error(table.certified_radius):.4f}",
+                f"{table.clean_accuracy:.3f}",
+                f"{comparison.bops_fraction(name):.3%}",
+                "" if name == base else f"{difference:+.4f} +- {error:.4f}",
+            )
+        )
+    return _table(rows)
+
+
+def _table(rows) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    first, *rest = (
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join([first, "-" * len(first), *rest])

@@ -1,0 +1,220 @@
+import json
+import math
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.env_util import make_vec_env
+
+from arq_env import ArqError
+from arq_env.bitwidths import Bits, bops_fraction, uniform
+from arq_env.env import REWARD_SCALE
+from arq_env.registration import ENVIRONMENTS, register_all
+from tests.toy import make_toy_env, toy_problem
+
+IDS = [*ENVIRONMENTS, "ARQ-Toy-v0"]
+
+
+def play(env, action=None, seed=0):
+    """A whole episode with one action, or random ones; returns what the last step returned."""
+    observation, info = env.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    assert info == {}
+    done = False
+    while not done:
+        assert observation in env.observation_space
+        chosen = rng.uniform(-1, 1, 2).astype(np.float32) if action is None else np.float32(action)
+        observation, reward, done, truncated, info = env.step(chosen)
+        assert type(reward) is float and type(done) is bool and truncated is False
+        assert done or (reward == 0 and info == {})
+    assert observation in env.observation_space
+    return reward, info
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("render_mode", ["ansi", "rgb_array"])
+def test_checkers_find_nothing(name, render_mode):
+    env = gymnasium.make(name, render_mode=render_mode).unwrapped
+    gymnasium_check_env(env)
+    sb3_check_env(env)
+    env.close()
+    env.close()
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_spec_survives_json(name):
+    env = gymnasium.make(name, budget=0.02)
+    spec = gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json())
+    assert gymnasium.make(spec).unwrapped.default_budget.fraction == 0.02
+
+
+def test_registering_twice_is_harmless_and_import_is_light():
+    register_all()
+    code = "import sys, arq_env, gymnasium; assert 'torch' not in sys.modules; gymnasium.spec('ARQ-ResNet20-v0')"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_resnet20_walks_eighteen_layers_and_loads_nothing(monkeypatch):
+    monkeypatch.setattr("arq_env.problem.load_dataset", lambda name: pytest.fail("data were loaded"))
+    env = gymnasium.make("ARQ-ResNet20-v0").unwrapped
+    env.reset()
+    for _ in range(17):
+        assert not env.step(np.zeros(2))[2]
+
+
+def test_last_step_tells_all(toy_env):
+    reward, info = play(toy_env)
+    assert set(info) == {
+        "bit_widths",
+        "bops_fraction",
+        "acr",
+        "clean_accuracy",
+        "certified_accuracy",
+        "reference_acr",
+        "evaluation_seconds",
+    }
+    assert list(info["bit_widths"]) == [layer.name for layer in toy_env.layers]
+    assert info["bit_widths"]["first"] == info["bit_widths"]["last"] == (8, 8)
+    assert info["bops_fraction"] <= 0.03
+    assert reward == pytest.approx(REWARD_SCALE * (info["acr"] / info["reference_acr"] - 1))
+    assert 0 < info["reference_acr"] < 2 and 0 <= info["certified_accuracy"] <= info["clean_accuracy"] <= 1
+    json.dumps(info)
+
+
+def test_random_maps_stay_within_the_budget(toy_env):
+    toy_env.evaluator.evaluate = lambda bit_widths: toy_env.evaluator.reference
+    for seed in range(30):
+        fraction = np.random.default_rng(seed).uniform(0.019, 0.05)
+        toy_env.reset(options={"budget": fraction})
+        rng, done = np.random.default_rng(seed), False
+        while not done:
+            _, _, done, _, info = toy_env.step(rng.uniform(-1, 1, 2))
+        assert info["bops_fraction"] <= fraction
+
+
+def test_zero_is_an_even_share():
+    problem = toy_problem()
+    budget = bops_fraction(uniform(problem.layers, 5, 5), problem.layers)
+    _, info = play(make_toy_env(budget=budget), action=(0, 0))
+    assert info["bit_widths"]["middle"] == info["bit_widths"]["deep"] == (5, 5)
+
+
+def test_reward_orders_networks():
+    """On the shipped network, 8 bits are as good as FP32 and 2 bits clearly worse."""
+    env = gymnasium.make("ARQ-ResNet20-Signs-v0", images=128).unwrapped
+
+    def reward(bits):
+        return REWARD_SCALE * (env.evaluator.evaluate(uniform(env.layers, bits, bits)).acr / env.evaluator.reference.acr - 1)
+
+    assert abs(reward(8)) < 0.5
+    assert reward(2) < -2
+
+
+def test_budget_for_one_episode(toy_env):
+    generous, _ = toy_env.reset(options={"budget": 0.06})
+    default, _ = toy_env.reset()
+    assert generous[11] > default[11] and generous[12] > default[12]
+    with pytest.raises(ArqError, match="least reachable"):
+        toy_env.reset(options={"budget": 0.001})
+    with pytest.raises(ArqError, match="'budgets'"):
+        toy_env.reset(options={"budgets": 0.02})
+
+
+def test_infeasible_budget_fails_at_construction():
+    with pytest.raises(ArqError, match="least reachable"):
+        gymnasium.make("ARQ-ResNet20-v0", budget=0.001)
+
+
+def test_observation_tells_what_is_left(toy_env):
+    toy_env.reset()
+    frugal = toy_env.step(np.array([-1, -1]))[0]
+    toy_env.reset()
+    lavish = toy_env.step(np.array([1, 1]))[0]
+    assert frugal[12] > lavish[12] and frugal[13] < lavish[13]
+    assert not np.shares_memory(frugal, lavish)
+
+
+def test_a_map_is_evaluated_once(toy_env):
+    calls = []
+    quantize = toy_env.evaluator.quantizer.quantize
+    toy_env.evaluator.quantizer.quantize = lambda bits: calls.append(bits) or quantize(bits)
+    first, second = play(toy_env, (0, 0)), play(toy_env, (0, 0))
+    assert first == second and len(calls) == 1
+    play(toy_env, (-1, -1))
+    assert len(calls) == 2
+
+
+def test_evaluation_is_reproducible_and_leaves_global_generators_alone():
+    import torch
+
+    results = []
+    for _ in range(2):
+        env = make_toy_env()
+        np.random.seed(3)
+        torch.manual_seed(3)
+        results.append(play(env)[0])
+        assert np.random.random() == np.random.RandomState(3).random()
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(3)))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("action", [(math.nan, 0), (0, math.inf), (5, -5), (1, 1)])
+def test_actions_at_and_beyond_the_bounds(toy_env, action):
+    toy_env.reset()
+    if all(map(math.isfinite, action)):
+        toy_env.step(np.array(action))
+    else:
+        with pytest.raises(ArqError, match="finite"):
+            toy_env.step(np.array(action))
+
+
+def test_stepping_on_after_the_end(toy_env):
+    play(toy_env)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        toy_env.step(np.zeros(2))
+
+
+def test_render_shows_the_map():
+    env = make_toy_env(render_mode="ansi")
+    env.reset()
+    env.step(np.zeros(2))
+    lines = env.render().splitlines()
+    assert len(lines) == 4 and lines[0].startswith("first") and "8/8" in lines[0] and "-/-" in lines[2]
+    env.render_mode = "rgb_array"
+    picture = env.render()
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.std() > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sigma": 0}, "sigma"),
+        ({"sigma": -0.5}, "sigma"),
+        ({"sigma": "0.5"}, "sigma"),
+        ({"sigma": 3.0}, "resnet20-cifar10-sigma0.5-gaussian"),
+        ({"training": "magic"}, "resnet20-cifar10-sigma0.5-gaussian"),
+        ({"budget": 2}, "fraction"),
+        ({"device": "nowhere"}, "cpu or cuda"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(arguments, message):
+    with pytest.raises(ArqError, match=message):
+        gymnasium.make("ARQ-ResNet20-v0", **arguments)
+
+
+def test_vectorised():
+    env = make_vec_env("ARQ-Toy-v0", n_envs=2, seed=0)
+    env.reset()
+    _, _, dones, _ = env.step(np.zeros((2, 2)))
+    _, rewards, dones, infos = env.step(np.zeros((2, 2)))
+    assert dones.all() and rewards[0] == rewards[1] and "terminal_observation" in infos[0]
+    env.close()
+
+
+def test_bits_are_integers_of_python(toy_env):
+    _, info = play(toy_env)
+    assert all(type(bit) is int for bits in info["bit_widths"].values() for bit in Bits(*bits))

@@ -1,0 +1,97 @@
+import warnings
+
+import pytest
+import torch
+
+from arq_env import ArqError
+from arq_env.bitwidths import uniform
+from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
+from arq_env.evaluation import CertifierSettings, Evaluator, warn_if_noise_is_new
+from arq_env.report import comparison_table, layer_table
+from tests.toy import ToyNet, toy_dataset, toy_problem
+
+SMALL = CertifierSettings(images=16, n0=4, n=16)
+
+
+def test_each_number_comes_from_its_own_split(problem):
+    """The search's images and the test images are never mixed up, nor calibrated on."""
+    data = toy_dataset()
+    reward, _ = problem.reward_images(64)
+    test, _ = problem.test_images(every=2)
+    torch.testing.assert_close(reward[3], torch.as_tensor(data.reward.images[3]).permute(2, 0, 1) / 255)
+    torch.testing.assert_close(test[3], torch.as_tensor(data.test.images[6]).permute(2, 0, 1) / 255)
+    without_test = toy_dataset().__class__(**{**vars(data), "test": None})
+    blind = Evaluator(toy_problem(load=lambda: without_test), SMALL)
+    blind.evaluate(uniform(problem.layers, 4, 4))
+    assert blind.reference.acr > 0
+
+
+def test_calibration_images_are_noisy_training_images(problem):
+    images = problem.calibration_images()
+    assert images.shape == (1_280, 3, 8, 8)
+    assert images.std() == pytest.approx(0.55, abs=0.1) and images.min() < -0.5
+    assert torch.equal(images, problem.calibration_images()) and not torch.equal(images, problem.calibration_images(seed=1))
+
+
+def test_a_network_that_never_saw_noise_is_noticed(problem):
+    """A classifier that goes astray as soon as a pixel leaves [0, 1] is right on clean images and helpless under noise."""
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_noise_is_new(problem)
+    split = toy_dataset().reward
+    colours = torch.as_tensor(split.images).float().mean((1, 2)).argmax(1)
+    assert (colours.numpy() == split.labels).mean() > 0.9
+
+    class Colour(ToyNet):
+        def forward(self, images):
+            outside = (images - images.clamp(0, 1)).abs().amax((1, 2, 3)) > 0
+            return torch.where(outside[:, None], torch.tensor([1e3, 0.0, 0.0]), images.mean((2, 3)))
+
+    with pytest.warns(UserWarning, match="not to be trained under this noise"):
+        warn_if_noise_is_new(toy_problem(network=Colour().eval()))
+
+
+def test_no_certified_image_is_an_error():
+    class Wrong(ToyNet):
+        def forward(self, images):
+            return -images.mean((2, 3))
+
+    with pytest.raises(ArqError, match="certifies none"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _ = Evaluator(toy_problem(network=Wrong().eval()), SMALL).reference
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_number_of_reward_images(problem, count):
+    with pytest.raises(ArqError, match="from 1 to 64"):
+        problem.reward_images(count)
+
+
+def test_sigma_out_of_range():
+    with pytest.raises(ArqError, match="sigma"):
+        toy_problem(sigma=0.0)
+
+
+def test_comparison_is_paired_and_kept(problem, tmp_path, monkeypatch):
+    evaluator = Evaluator(problem, SMALL)
+    maps = {"W8A8": uniform(problem.layers, 8, 8), "W2A2": uniform(problem.layers, 2, 2)}
+    settings = TestSettings(every=2, n0=10, n=50)
+    first = compare_maps(evaluator, maps, settings, folder=tmp_path)
+    assert list(first.certificates) == [FP32, "W8A8", "W2A2"]
+    mean, error = first.difference("W8A8", FP32)
+    assert abs(mean) < 0.05 and error < first.certificates[FP32].acr
+    assert first.bops_fraction(FP32) == 1 and first.bops_fraction("W2A2") < first.bops_fraction("W8A8")
+    document = first.document(evaluator)
+    assert (
+        document["acr_differences"]["W2A2 - W8A8"]["mean"]
+        == paired_difference(first.certificates["W2A2"], first.certificates["W8A8"])[0]
+    )
+    assert "W2A2" in comparison_table(first) and "middle" in layer_table(problem.layers, maps["W2A2"])
+
+    monkeypatch.setattr("arq_env.comparison.certify", lambda *a, **k: pytest.fail("certified again"))
+    again = compare_maps(evaluator, maps, settings, folder=tmp_path)
+    assert again.certificates["W2A2"].acr == first.certificates["W2A2"].acr
+    monkeypatch.undo()
+    changed = compare_maps(evaluator, {"W8A8": maps["W2A2"]}, settings, folder=tmp_path)  # another map under an old name
+    assert changed.certificates["W8A8"].acr == first.certificates["W2A2"].acr

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arq_env import ArqError
+from arq_env.bitwidths import Bits, bops_fraction, complete, load_map, save_map, uniform
+from arq_env.budget import BopsBudget
+from arq_env.layers import find_layers
+from arq_env.networks.resnet import resnet20
+
+LAYERS = find_layers(resnet20(), (3, 32, 32))
+
+
+def test_resnet20():
+    assert sum(layer.macs for layer in LAYERS) == 40_551_040
+    assert len(LAYERS) == 20 and LAYERS[0].name == "conv" and LAYERS[-1].name == "fc"
+    assert sum(p.numel() for p in resnet20().parameters()) == 269_722
+    down = next(layer for layer in LAYERS if layer.name == "stage2.0.conv1")
+    assert (down.in_channels, down.out_channels, down.kernel, down.stride, down.input_size) == (16, 32, 9, 2, 1024)
+    assert down.macs == 16 * 16 * 32 * 16 * 9 and down.parameters == 16 * 32 * 9 and not down.depthwise
+
+
+@pytest.mark.parametrize("bits, fraction", [(8, 0.0625), (4, 0.0161), (3, 0.0094), (2, 0.00455)])
+def test_uniform_fractions(bits, fraction):
+    assert bops_fraction(uniform(LAYERS, bits, bits), LAYERS) == pytest.approx(fraction, rel=0.01)
+
+
+@given(st.floats(0.0046, 0.08), st.lists(st.tuples(st.integers(-3, 12), st.integers(-3, 12)), min_size=18, max_size=18))
+def test_whatever_is_asked_for_fits(fraction, wishes):
+    budget, spent, chosen = BopsBudget(LAYERS, fraction), 0, {}
+    for step, (layer, wish) in enumerate(zip(LAYERS[1:-1], wishes, strict=True)):
+        bits = chosen[layer.name] = budget.fit(Bits(*wish), step, spent)
+        assert min(bits) >= 2 and max(bits) <= 8
+        spent += layer.macs * bits.weight * bits.activation
+    assert bops_fraction(complete(chosen, LAYERS), LAYERS) <= fraction
+
+
+def test_asking_for_an_even_share_gives_it():
+    budget = BopsBudget(LAYERS, bops_fraction(uniform(LAYERS, 4, 4), LAYERS))
+    assert budget.even_share(0, 0) == pytest.approx(16, abs=1e-5)
+    assert budget.fit(Bits(4, 4), 0, 0) == (4, 4)
+    assert budget.fit(Bits(9, 0), 0, 0) == (8, 2)
+
+
+@pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan"), "much", None])
+def test_budget_out_of_range(fraction):
+    with pytest.raises(ArqError, match="fraction"):
+        BopsBudget(LAYERS, fraction)
+
+
+def test_infeasible_budget_says_what_is_feasible():
+    with pytest.raises(ArqError, match="least reachable is 0.004") as error:
+        BopsBudget(LAYERS, 0.003)
+    least = float(str(error.value).split("least reachable is ")[1].split()[0])
+    BopsBudget(LAYERS, least)
+
+
+HEADER = {
+    "network": "resnet20",
+    "dataset": "cifar10",
+    "sigma": 0.5,
+    "budget": 0.02,
+    "metrics": {"acr": 0.5},
+    "provenance": {"seed": 1},
+}
+
+
+def test_map_file_comes_back(tmp_path):
+    path, bit_widths = tmp_path / "bit_widths.json", uniform(LAYERS, 3, 5)
+    save_map(path, bit_widths, LAYERS, **HEADER)
+    assert load_map(path, LAYERS)[0] == bit_widths
+    document = json.loads(path.read_text())
+    assert document["format"] == "arq-bit-widths" and document["version"] == 1
+    keys = [
+        "format",
+        "version",
+        "network",
+        "dataset",
+        "sigma",
+        "budget",
+        "bops_fraction",
+        "layers",
+        "metrics",
+        "provenance",
+    ]
+    assert list(document) == keys
+    assert document["layers"][1] == {
+        "name": "stage1.0.conv1",
+        "weight_bits": 3,
+        "activation_bits": 5,
+        "macs": LAYERS[1].macs,
+        "parameters": LAYERS[1].parameters,
+    }
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: d["layers"].pop(3), "leaves out layer 'stage1.1.conv1'"),
+        (lambda d: d["layers"][2].update(weight_bits=9), "'stage1.0.conv2' has weight bits 9"),
+        (lambda d: d["layers"][2].update(activation_bits=3.5), "'stage1.0.conv2' has activation bits 3.5"),
+        (lambda d: d["layers"][2].update(activation_bits=True), "activation bits True"),
+        (lambda d: d["layers"][2].pop("weight_bits"), "weight_bits"),
+        (lambda d: d["layers"][0].update(name="conv0"), "conv0"),
+        (lambda d: d.pop("format"), "not a bit-width map"),
+        (lambda d: d.update(version=2), "version 2"),
+        (lambda d: d.update(layers=5), "not a bit-width map"),
+    ],
+)
+def test_malformed_map_file(tmp_path, damage, message):
+    path = tmp_path / "bit_widths.json"
+    save_map(path, uniform(LAYERS, 3, 5), LAYERS, **HEADER)
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ArqError, match=message):
+        load_map(path, LAYERS)
+
+
+def test_missing_and_truncated_map_file(tmp_path):
+    with pytest.raises(ArqError, match="cannot be read"):
+        load_map(tmp_path / "none.json", LAYERS)
+    for text in ('{"format": "arq-bit', "[]", "\xff"):
+        (tmp_path / "cut.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ArqError, match="not a bit-width map"):
+            load_map(tmp_path / "cut.json", LAYERS)

@@ -1,0 +1,94 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from arq_env import ArqError
+from arq_env.bitwidths import Bits, uniform
+from arq_env.layers import find_layers
+from arq_env.quantization import Quantizer
+from arq_env.quantization.calibrate import reestimate_batch_norm
+from arq_env.quantization.modules import QuantizedConv2d, QuantizedLinear
+from tests.toy import SHAPE
+
+
+@pytest.fixture
+def quantizer(problem):
+    return Quantizer(problem.network, problem.layers, problem.calibration_images())
+
+
+def test_layers_are_converted_by_name(quantizer, problem):
+    bit_widths = uniform(problem.layers, 3, 5)
+    network = quantizer.quantize(bit_widths)
+    for layer in problem.layers:
+        module = network.get_submodule(layer.name)
+        assert isinstance(module, QuantizedConv2d if layer.kind == "conv" else QuantizedLinear)
+        assert (module.weight_bits, module.activation_bits) == bit_widths[layer.name]
+        for channel in module.weight.flatten(1):
+            assert len(channel.unique()) <= 2**module.weight_bits - 1
+    assert not network.training and not any(isinstance(m, QuantizedConv2d) for m in problem.network.modules())
+
+
+def test_forward_is_fake_quantization(quantizer, problem):
+    """The integers times the scaled weight are what rounding to multiples of the step gives."""
+    network = quantizer.quantize(uniform(problem.layers, 4, 4))
+    middle = network.middle
+    x = torch.rand(2, 8, 8, 8) * 3
+    step = middle.activation_step
+    rounded = (x / step).clamp(middle.low, middle.high).round() * step
+    torch.testing.assert_close(middle(x), nn.functional.conv2d(rounded, middle.weight, middle.bias, padding=1))
+    assert len(((x / step).clamp(middle.low, middle.high).round()).unique()) <= 16
+
+
+def test_eight_bits_change_little_and_two_bits_much(quantizer, problem):
+    images = problem.calibration_images(seed=1)[:200]
+    full = copy.deepcopy(problem.network)
+    reestimate_batch_norm(full, problem.calibration_images())
+    with torch.inference_mode():
+        reference = full(images)
+        spread = reference.std()
+        errors = [(quantizer.quantize(uniform(problem.layers, b, b))(images) - reference).abs().mean() / spread for b in (8, 4, 2)]
+    assert errors[0] < 0.03 and 5 * errors[0] < errors[2] and errors[0] < errors[1] < errors[2]
+
+
+def test_the_same_map_gives_the_same_network(quantizer, problem):
+    first, second = (quantizer.quantize(uniform(problem.layers, 2, 3)).state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_map_for_another_network_names_the_layer(quantizer, problem):
+    bit_widths = uniform(problem.layers, 4, 4)
+    for change, name in [
+        ({"stage9": Bits(4, 4)}, "stage9"),
+        ({"middle": Bits(1, 4)}, "middle"),
+        ({"deep": Bits(4, 9)}, "deep"),
+    ]:
+        with pytest.raises(ArqError, match=name):
+            quantizer.quantize(bit_widths | change)
+    del bit_widths["deep"]
+    with pytest.raises(ArqError, match="deep"):
+        quantizer.quantize(bit_widths)
+
+
+def test_batch_norm_statistics_are_those_of_the_images():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).eval()
+    images = torch.randn(512, 3, 4, 4) * 2 + 5
+    reestimate_batch_norm(network, images)
+    torch.testing.assert_close(network[0].running_mean, images.mean((0, 2, 3)), rtol=0.01, atol=0)
+    torch.testing.assert_close(network[0].running_var, images.var((0, 2, 3)), rtol=0.05, atol=0)
+    assert not network[0].training and not network[1].training and network[0].momentum == 0.1
+
+
+def test_any_module_and_one_with_nothing_to_quantize():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, groups=1), nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 2)
+    ).eval()
+    layers = find_layers(network, SHAPE)
+    assert [layer.name for layer in layers] == ["0", "2", "4"]
+    images = torch.rand(64, *SHAPE)
+    quantized = Quantizer(network, layers, images).quantize(uniform(layers, 8, 8))
+    torch.testing.assert_close(quantized(images), network(images), rtol=0.1, atol=0.02)
+    with pytest.raises(ArqError, match="2 ReLU"):
+        find_layers(nn.Sequential(nn.ReLU(), nn.ReLU()), SHAPE)

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arq_env.quantization.quantizers import activation_step, integer_range, to_integers, weight_steps
+
+bits = st.integers(2, 8)
+values = st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=40).map(torch.tensor)
+
+
+@given(values, bits, st.booleans(), st.floats(0.015625, 2, width=32))
+def test_quantizer_properties(x, b, signed, step):
+    low, high = integer_range(b, signed=signed)
+    step = torch.tensor(step)
+    q = to_integers(x, step, low, high)
+    assert ((q >= low) & (q <= high) & (q == q.round())).all()
+    torch.testing.assert_close(to_integers(q * step, step, low, high), q)  # idempotent
+    order = x.argsort()
+    assert (q[order].diff() >= 0).all()  # monotone
+    inside = (x >= low * step) & (x <= high * step)
+    assert ((q * step - x).abs()[inside] <= step / 2 * (1 + 1e-5)).all()
+    if signed:
+        torch.testing.assert_close(to_integers(-x, step, low, high), -q)  # symmetric
+
+
+@given(bits)
+def test_levels(b):
+    low, high = integer_range(b, signed=True)
+    assert low == -high and high == 2 ** (b - 1) - 1
+    assert integer_range(b, signed=False) == (0, 2**b - 1)
+
+
+def error(x, step, b, signed=True):
+    low, high = integer_range(b, signed=signed)
+    return (to_integers(x, step, low, high) * step - x).square().sum(-1)
+
+
+@pytest.mark.parametrize("b", [2, 3, 4, 5])
+def test_steps_have_the_least_error(b):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 64, 3, 3)
+    rows, step = weight.flatten(1), weight_steps(weight, b)
+    best = error(rows, step[:, None], b)
+    for factor in (0.8, 0.9, 1.1, 1.25):
+        assert (error(rows, step[:, None] * factor, b) >= best * 0.999).all()
+    # every channel has its own step, which scales with the channel
+    torch.testing.assert_close(weight_steps(weight * torch.arange(1.0, 7).view(6, 1, 1, 1), b), step * torch.arange(1.0, 7))
+
+
+def test_error_falls_with_bits():
+    torch.manual_seed(0)
+    x = torch.randn(1, 5_000).relu()
+    errors = [float(error(x, activation_step(x, b), b, signed=False)) for b in range(2, 9)]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 100 * errors[-1]
+
+
+def test_signed_only_where_there_are_negative_values():
+    x = torch.linspace(0, 1, 101)
+    assert float(activation_step(x, 8)) == pytest.approx(1 / 255, rel=0.05)
+    assert float(activation_step(x * 2 - 1, 8)) == pytest.approx(1 / 127, rel=0.05)
+
+
+def test_a_channel_of_zeros_stays_zero():
+    weight = torch.zeros(2, 3, 1, 1)
+    weight[1] = 1.0
+    step = weight_steps(weight, 2)
+    assert (step > 0).all()
+    assert not to_integers(weight[0], step[0], -1, 1).any()

@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from arq_env import ArqError
+from arq_env.datasets.augment import random_crop, to_float
+from arq_env.networks import checkpoints
+from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from arq_env.networks.resnet import resnet20
+from arq_env.networks.training import Recipe, noisy_accuracy, train
+from tests.toy import ToyNet, toy_dataset, toy_network
+
+RECIPE = Recipe(epochs=3, batch=50, peak_rate=0.1)
+
+
+def fresh():
+    torch.manual_seed(0)
+    return ToyNet()
+
+
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
+    whole, cut = fresh(), fresh()
+    train(whole, toy_dataset(), RECIPE, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    batches = []
+
+    def dying():
+        batches.append(1)
+        if len(batches) == 40:  # in the middle of the second epoch
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cut, toy_dataset(), RECIPE, tmp_path / "cut", on_batch=dying)
+    resumed = ToyNet()
+    history = train(resumed, toy_dataset(), RECIPE, tmp_path / "cut")
+    assert [record["epoch"] for record in history] == [1, 2, 3]
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_training_teaches_noise():
+    accuracy = noisy_accuracy(toy_network(), *toy_dataset().test, sigma=0.5)
+    assert accuracy > 0.6 > noisy_accuracy(fresh(), *toy_dataset().test, sigma=0.5)
+
+
+def test_another_recipe_is_not_resumed(tmp_path):
+    train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50), tmp_path)
+    with pytest.raises(ArqError, match="another recipe"):
+        train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50, sigma=0.25), tmp_path)
+
+
+def test_crops_are_windows_of_the_padded_image():
+    images = torch.randint(1, 256, (200, 8, 8, 3), dtype=torch.uint8)
+    cropped = random_crop(images, torch.Generator().manual_seed(0), flip=True)
+    padded = torch.nn.functional.pad(images, (0, 0, 4, 4, 4, 4))
+    seen = set()
+    for image, crop in zip(padded, cropped, strict=True):
+        windows = [
+            (r, c, f)
+            for r in range(9)
+            for c in range(9)
+            for f in (0, 1)
+            if torch.equal(crop, (lambda w: w.flip(1) if f else w)(image[r : r + 8, c : c + 8]))
+        ]
+        assert windows
+        seen.add(windows[0])
+    assert len({s[:2] for s in seen}) > 60 and {s[2] for s in seen} == {0, 1}
+    straight = random_crop(images, torch.Generator().manual_seed(0), flip=False)
+    assert sum(torch.equal(a, b) for a, b in zip(straight, cropped, strict=True)) > 50
+    assert to_float(images).shape == (200, 3, 8, 8) and to_float(images).max() <= 1
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint = Checkpoint("resnet20", "cifar10", 0.25)
+    torch.manual_seed(0)
+    network = resnet20()
+    save_checkpoint(network, checkpoint.path(tmp_path), {"sigma": 0.25})
+    return checkpoint, network, tmp_path
+
+
+def test_checkpoint_comes_back(saved):
+    checkpoint, network, folder = saved
+    loaded, card = load_checkpoint(checkpoint, folder)
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert card["sigma"] == 0.25 and len(card["digest"]) == 64 and not loaded.training
+
+
+def test_damaged_checkpoints(saved):
+    checkpoint, _, folder = saved
+    path = checkpoint.path(folder)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ArqError, match="damaged"):
+        load_checkpoint(checkpoint, folder)
+    path.write_bytes(whole)
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(ArqError, match="cannot be loaded"):
+        load_checkpoint(checkpoint, folder)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ArqError, match="no checkpoint resnet20-cifar10-sigma0.25-gaussian"):
+        load_checkpoint(checkpoint, folder)
+    with pytest.raises(ArqError, match="no network 'vgg'"):
+        load_checkpoint(Checkpoint("vgg", "cifar10", 0.25), folder)
+
+
+@pytest.mark.parametrize("path", sorted(checkpoints.SHIPPED.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_checkpoints_load_and_are_what_their_card_says(path):
+    card = json.loads(path.with_suffix(".json").read_text())
+    checkpoint = Checkpoint(card["network"], card["dataset"], card["sigma"], card["training"])
+    assert checkpoint.name == path.stem
+    network, _ = load_checkpoint(checkpoint)
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert {"recipe", "command", "digest", "accuracy_under_noise", "versions"} <= card.keys()
+    if card["dataset"] == "signs":
+        from arq_env.datasets import load_dataset
+
+        test = load_dataset("signs").test
+        assert noisy_accuracy(network, *test, sigma=card["sigma"]) == pytest.approx(card["accuracy_under_noise"]["test"], abs=0.005)
+
+
+def test_both_checkpoints_are_shipped():
+    names = {path.stem for path in checkpoints.SHIPPED.glob("*.safetensors")}
+    assert {"resnet20-cifar10-sigma0.5-gaussian", "resnet20-signs-sigma0.5-gaussian"} <= names
+    assert np.sum([path.stat().st_size for path in checkpoints.SHIPPED.iterdir()]) < 12_000_000

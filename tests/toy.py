@@ -1,0 +1,77 @@
+"""A network and a data set so small that everything runs in a second; registered as ``ARQ-Toy-v0`` by conftest."""
+
+import functools
+
+import numpy as np
+import torch
+from torch import nn
+
+from arq_env.datasets import Dataset, Split
+from arq_env.env import ArqEnv
+from arq_env.evaluation import CertifierSettings
+from arq_env.networks.training import Recipe, train
+from arq_env.problem import Problem
+
+SHAPE = (3, 8, 8)
+
+
+class ToyNet(nn.Module):
+    """Four layers to quantize, with a BatchNorm and a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+        self.deep = nn.Conv2d(8, 8, 1, bias=False)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.first(images - 0.5)))
+        x = x + torch.relu(self.deep(torch.relu(self.middle(x))))
+        return self.last(x.mean((2, 3)))
+
+
+@functools.cache
+def toy_dataset() -> Dataset:
+    """Three classes, each a colour, with pixel noise."""
+    rng = np.random.default_rng(0)
+    colours = np.array([[145, 110, 110], [110, 145, 110], [110, 110, 145]])
+
+    def split(n):
+        labels = rng.integers(0, 3, n)
+        images = colours[labels][:, None, None, :] + rng.integers(-50, 51, (n, 8, 8, 3))
+        return Split(images.astype(np.uint8), labels.astype(np.int64))
+
+    return Dataset("toy", ("red", "green", "blue"), True, split(1_300), split(64), split(40))
+
+
+@functools.cache
+def trained_state() -> dict:
+    """Weights of a ToyNet trained under noise of sigma 0.5 for two seconds."""
+    import tempfile
+
+    torch.manual_seed(0)
+    network = ToyNet()
+    with tempfile.TemporaryDirectory() as folder:
+        train(network, toy_dataset(), Recipe(epochs=4, batch=50, peak_rate=0.1), folder)
+    return network.state_dict()
+
+
+def toy_network() -> ToyNet:
+    """A trained ToyNet, in evaluation mode."""
+    network = ToyNet()
+    network.load_state_dict(trained_state())
+    return network.eval()
+
+
+def toy_problem(**changes) -> Problem:
+    """The toy network on the toy data, at sigma 0.5."""
+    card = {"network": "toy", "dataset": "toy", "digest": "0" * 64}
+    return Problem(**{"network": toy_network(), "load": toy_dataset, "sigma": 0.5, "input_shape": SHAPE, "card": card} | changes)
+
+
+def make_toy_env(budget: float = 0.03, render_mode=None, **settings) -> ArqEnv:
+    """The entry point of ``ARQ-Toy-v0``."""
+    settings = CertifierSettings(**{"images": 32, "n0": 4, "n": 16} | settings)
+    return ArqEnv(toy_problem(), budget=budget, settings=settings, render_mode=render_mode)
