@@ -1,0 +1,76 @@
+"""stable-baselines3's DDPG, TD3 and SAC, with hyperparameters for a short horizon and one terminal reward."""
+
+import numpy as np
+from stable_baselines3 import DDPG, SAC, TD3
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from arq_env.errors import ArqError
+
+ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
+
+#: Episodes of uniformly random actions before the first gradient step.
+WARM_UP_EPISODES = 20
+
+
+class DecayingNoise(ActionNoise):
+    """Gaussian exploration noise that shrinks by a factor an episode, once the warm-up is over.
+
+    SB3 calls :meth:`reset` at the end of each episode. Draws come from NumPy's global generator, which SB3 seeds.
+
+    :param size: number of actions
+    :param std: standard deviation in the first episodes
+    :param decay: factor an episode
+    :param least: standard deviation that is never undercut
+    """
+
+    def __init__(self, size: int, std: float = 0.5, decay: float = 0.98, least: float = 0.05):
+        super().__init__()
+        self.size, self.std, self.decay, self.least = size, std, decay, least
+        self.episodes = 0
+
+    def __call__(self) -> np.ndarray:
+        std = self.std * self.decay ** max(0, self.episodes - WARM_UP_EPISODES)
+        return np.random.normal(0.0, max(std, self.least), self.size).astype(np.float32)
+
+    def reset(self) -> None:
+        """Count an episode."""
+        self.episodes += 1
+
+
+def hyperparameters(name: str, horizon: int) -> dict:
+    """Keyword arguments for the algorithm.
+
+    With ``gamma = 1`` and n-step returns over the whole episode, every sampled transition is learned from the certifier's
+    reward itself and not from a bootstrapped guess at it; an episode is followed by as many gradient steps as it had steps.
+
+    :param horizon: steps of an episode
+    """
+    common = {
+        "learning_rate": 1e-3,
+        "buffer_size": 2_000 * horizon,
+        "learning_starts": WARM_UP_EPISODES * horizon,
+        "batch_size": 64,
+        "tau": 0.01,
+        "gamma": 1.0,
+        "replay_buffer_class": NStepReplayBuffer,
+        "replay_buffer_kwargs": {"n_steps": horizon, "gamma": 1.0},
+        "train_freq": (1, "episode"),
+        "gradient_steps": -1,
+        "policy_kwargs": {"net_arch": [300, 300]},
+    }
+    return common | ({"ent_coef": "auto_0.1", "target_entropy": -2.0} if name == "sac" else {})
+
+
+def build_agent(name: str, env, *, seed: int, device: str, tensorboard_log: str | None = None) -> OffPolicyAlgorithm:
+    """An untrained agent for ``env``.
+
+    :raises ArqError: for an unknown algorithm
+    """
+    if name not in ALGORITHMS:
+        raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(ALGORITHMS)}")
+    settings = hyperparameters(name, len(env.get_wrapper_attr("free_layers")))
+    if name != "sac":  # SAC's own policy is random
+        settings["action_noise"] = DecayingNoise(env.action_space.shape[0])
+    return ALGORITHMS[name]("MlpPolicy", env, seed=seed, device=device, tensorboard_log=tensorboard_log, **settings)

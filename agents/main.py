@@ -1,0 +1,90 @@
+"""The command behind ``experiments/train_*.py``: search, export the best map, certify it beside FP32 and uniform 4 bits."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+from tqdm import tqdm
+
+import arq_env  # noqa: F401  (registers the ids)
+from agents.search import search
+from arq_env import command_line
+from arq_env.bitwidths import uniform
+from arq_env.comparison import TestSettings, compare_maps
+from arq_env.datasets.cache import atomic_file
+from arq_env.report import comparison_table, layer_table
+
+#: The uniform network that every found map is compared with.
+UNIFORM_BITS = 4
+
+
+def main(algorithm: str) -> None:
+    """Parse the command line and run one search."""
+    name = algorithm.upper()
+    options = _parse(
+        algorithm,
+        f"Search a bit-width map with {name} (stable-baselines3). Stop it at any time: the same command goes on.",
+    )
+    folder = (
+        options.output
+        or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}-seed{options.seed}"
+    )
+    env = gymnasium.make(options.env, budget=options.budget, sigma=options.sigma, device=options.device, disable_env_checker=True)
+    print(f"{name} on {options.env}: {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})")
+    best = search(
+        algorithm,
+        env,
+        episodes=options.episodes,
+        folder=folder,
+        seed=options.seed,
+        config={"env": options.env, "device": options.device},
+    )
+    base = env.unwrapped
+    print(
+        f"\nbest of {options.episodes} episodes: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n"
+    )
+    print(layer_table(base.layers, best.bit_widths))
+    if options.test_images:
+        _certify(base, best, folder, options)
+
+
+def _parse(algorithm: str, description: str):
+    parser = command_line.parser(description)
+    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
+    parser.add_argument("--episodes", type=int, default=150, help="maps to try, the first 20 at random")
+    parser.add_argument("--budget", type=float, default=1 / 64, help="bit operations, as a fraction of FP32's")
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        default=0.5,
+        help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the agent")
+    parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; the agent stays on the CPU")
+    parser.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
+    parser.add_argument(
+        "--test-images",
+        type=int,
+        default=100,
+        help="test images that FP32, uniform 4 bits and the found map are certified on; 0 for none",
+    )
+    parser.add_argument("--test-n", type=int, default=500, help="noise samples counted for each of them")
+    return parser.parse_args()
+
+
+def _certify(env, best, folder: Path, options) -> None:
+    """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
+    every = max(1, len(env.problem.dataset.test.images) // options.test_images)
+    maps = {
+        f"W{UNIFORM_BITS}A{UNIFORM_BITS}": uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS),
+        "found": best.bit_widths,
+    }
+    settings = TestSettings(every=every, n=options.test_n)
+    print(f"\ncertifying on every {every}th test image (the search saw none), n = {settings.n}, alpha = {settings.alpha}:")
+    comparison = compare_maps(
+        env.evaluator, maps, settings, progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks, leave=False)
+    )
+    print(comparison_table(comparison))
+    with atomic_file(folder / "certificates.json") as file:
+        file.write((json.dumps(comparison.document(env.evaluator), indent=2) + "\n").encode())

@@ -1,0 +1,131 @@
+"""One search from first episode to exported map, resumable at every episode."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+
+from agents.algorithms import build_agent, hyperparameters
+from agents.callbacks import SearchRecorder
+from agents.trace import Episode, best_episode, read_trace
+from arq_env.bitwidths import save_map
+from arq_env.datasets.cache import atomic_file
+from arq_env.errors import ArqError
+from arq_env.provenance import provenance
+
+
+def search(
+    algorithm: str,
+    env,
+    *,
+    episodes: int,
+    folder: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+    config: dict | None = None,
+) -> Episode:
+    """Let an agent search; return its best episode.
+
+    The run folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/``, ``agent.zip`` and ``bit_widths.json``. A
+    second call with the same configuration resumes: the agent learns again from the first episode, the same way since all
+    is seeded, while every map in the trace is recalled instead of certified, which takes a hundredth of the time; so a
+    killed and resumed search ends exactly where an uninterrupted one does. More ``episodes`` than before extend it.
+
+    :param env: a single :class:`arq_env.env.ArqEnv`, wrapped or not
+    :param folder: the run folder; it may hold an earlier part of the same search, and nothing else
+    :param device: of the agent
+    :param config: written to ``config.json`` beside the settings of the search; two runs are the same when it is equal
+    :raises ArqError: when the folder holds another search, and when there is no episode to run
+    """
+    if episodes < 1:
+        raise ArqError(f"{episodes} episodes were asked for: give at least 1")
+    folder = Path(folder)
+    evaluator = env.get_wrapper_attr("evaluator")
+    known = _open_folder(folder, algorithm, env, seed, config or {})
+    for episode in known:
+        evaluator.remember(episode.bit_widths, episode.evaluation)
+    _ = evaluator.reference  # certified before the bar starts, so that errors and warnings come first
+
+    recorder = SearchRecorder(folder / "trace.jsonl", episodes, known, progress=progress)
+    agent = build_agent(algorithm, Monitor(env), seed=seed, device=device)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
+    agent.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
+    horizon = len(env.get_wrapper_attr("free_layers"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You specified a buffer size")
+        agent.learn(episodes * horizon, callback=recorder, log_interval=1)
+    agent.logger.close()
+
+    best = best_episode(recorder.done)
+    with atomic_file(folder / "agent.zip") as file:
+        agent.save(file)
+    save_run_map(folder, env, best)
+    return best
+
+
+def save_run_map(folder: Path, env, best: Episode) -> None:
+    """Write the best map of a run as ``bit_widths.json``."""
+    problem = env.get_wrapper_attr("problem")
+    metrics = {
+        key: getattr(best, key) for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
+    }
+    save_map(
+        folder / "bit_widths.json",
+        best.bit_widths,
+        env.get_wrapper_attr("layers"),
+        network=problem.card.get("network"),
+        dataset=problem.card.get("dataset"),
+        sigma=problem.sigma,
+        budget=env.get_wrapper_attr("default_budget").fraction,
+        metrics=metrics,
+        provenance=provenance() | {"checkpoint": problem.card.get("digest")},
+    )
+
+
+def _open_folder(folder: Path, algorithm: str, env, seed: int, config: dict) -> list[Episode]:
+    """Write ``config.json``, or check that it is the one already there; return the episodes of the trace."""
+    problem, evaluator = env.get_wrapper_attr("problem"), env.get_wrapper_attr("evaluator")
+    settings = hyperparameters(algorithm, len(env.get_wrapper_attr("free_layers")))
+    settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
+    config = config | {
+        "algorithm": algorithm,
+        "seed": seed,
+        "sigma": problem.sigma,
+        "budget": env.get_wrapper_attr("default_budget").fraction,
+        "checkpoint": problem.card.get("digest"),
+        "certifier": dataclasses.asdict(evaluator.settings),
+        "hyperparameters": settings,
+    }
+    config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file
+    path = folder / "config.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
+        with atomic_file(path) as file:
+            file.write((json.dumps(config | {"provenance": provenance()}, indent=2) + "\n").encode())
+        return []
+    try:
+        found = json.loads(path.read_text())
+        found.pop("provenance", None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
+    differing = sorted(key for key in config.keys() | found.keys() if config.get(key) != found.get(key))
+    if differing:
+        raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
+    episodes = read_trace(folder / "trace.jsonl")
+    _drop_partial_line(folder / "trace.jsonl")
+    return episodes
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cut off a last line without its end, which a kill left."""
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            with atomic_file(path) as file:
+                file.write(data[: data.rfind(b"\n") + 1])

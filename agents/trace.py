@@ -1,0 +1,71 @@
+"""The trace of a search: one line of JSON an episode, enough to draw its curve and to go on after a kill."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from arq_env.bitwidths import Bits, BitWidthMap
+from arq_env.errors import ArqError
+from arq_env.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What one episode found.
+
+    :param bit_widths: layer name to (weight bits, activation bits)
+    :param evaluations: distinct maps evaluated so far, this one included
+    :param seconds: since the search began, in this process
+    """
+
+    episode: int
+    reward: float
+    bit_widths: BitWidthMap
+    bops_fraction: float
+    acr: float
+    clean_accuracy: float
+    certified_accuracy: float
+    reference_acr: float
+    evaluation_seconds: float
+    evaluations: int
+    seconds: float
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The map's evaluation, for :meth:`arq_env.evaluation.Evaluator.remember`."""
+        return Evaluation(self.acr, self.clean_accuracy, self.certified_accuracy, self.evaluation_seconds)
+
+
+def append_episode(path: Path, episode: Episode) -> None:
+    """Add one line to the trace."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(episode)) + "\n")
+    except OSError as error:
+        raise ArqError(f"cannot write {path} ({error.strerror}): free some space there; the same command then goes on") from error
+
+
+def read_trace(path: Path) -> list[Episode]:
+    """Read a trace; a last line that a kill cut short is left out.
+
+    :raises ArqError: when another line cannot be read
+    """
+    if not Path(path).exists():
+        return []
+    episodes = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            fields = json.loads(line)
+            fields["bit_widths"] = {name: Bits(*bits) for name, bits in fields["bit_widths"].items()}
+            episodes.append(Episode(**fields))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ArqError(
+                f"{path} line {number} is not an episode ({error}): delete the run folder or choose another --output"
+            ) from error
+    return episodes
+
+
+def best_episode(episodes: list[Episode]) -> Episode:
+    """The episode with the highest reward, the first of equals."""
+    return max(episodes, key=lambda episode: episode.reward)

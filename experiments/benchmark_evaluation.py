@@ -1,0 +1,83 @@
+"""Measure where one evaluation's time goes: quantize, re-estimate BatchNorm, certify, and the share inside forward passes."""
+
+import json
+import statistics
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import gymnasium
+import torch
+
+import arq_env  # noqa: F401  (registers the ids)
+from arq_env import command_line
+from arq_env.bitwidths import uniform
+from arq_env.datasets.cache import atomic_file
+from arq_env.provenance import provenance
+
+
+@contextmanager
+def timed(owner, name: str, seconds: list):
+    """Add the duration of each call of ``owner.name`` to ``seconds``."""
+    original = getattr(owner, name)
+
+    def wrapper(*arguments, **keywords):
+        start = time.perf_counter()
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def main():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
+    parser.add_argument("--repeats", type=int, default=7, help="different maps to evaluate")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("experiments/results/evaluation_cost.json"),
+        help="JSON file for the figures",
+    )
+    options = parser.parse_args()
+
+    env = gymnasium.make(options.env, disable_env_checker=True).unwrapped
+    evaluator, layers = env.evaluator, env.layers
+    start = time.perf_counter()
+    _ = evaluator.reference, evaluator.quantizer
+    once = time.perf_counter() - start
+    evaluator.evaluate(uniform(layers, 8, 8))  # not counted: the first pass allocates
+    rows = []
+    network_class = type(env.problem.network)
+    for bits in range(2, 2 + options.repeats):
+        whole, forward, quantize = [], [], []
+        with timed(network_class, "forward", forward), timed(evaluator.quantizer, "quantize", quantize):
+            with timed(evaluator, "evaluate", whole):
+                evaluator.evaluate(uniform(layers, bits % 7 + 2, (bits + 1) % 7 + 2))
+        rows.append({"evaluation": sum(whole), "forward": sum(forward), "quantize_with_batch_norm": sum(quantize)})
+    median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    median["certify"] = median["evaluation"] - median["quantize_with_batch_norm"]
+    median["forward_share"] = median["forward"] / median["evaluation"]
+    for key, value in median.items():
+        print(f"{key:<26}{value:8.3f}")
+    document = {
+        "env": options.env,
+        "settings": vars(evaluator.settings),
+        "seconds_once": once,
+        "median_seconds": median,
+        "repeats": options.repeats,
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(),
+    }
+    with atomic_file(options.output) as file:
+        file.write((json.dumps(document, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    command_line.run(main)

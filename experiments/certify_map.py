@@ -1,0 +1,73 @@
+"""Certify a found map on test images beside FP32 and uniform maps, all on the same images and the same noise.
+
+Tables that are already there, for the same network, map and settings, are not made again: stop it and go on at any time.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from arq_env import ArqError, command_line
+from arq_env.bitwidths import load_map, uniform
+from arq_env.comparison import TestSettings, compare_maps
+from arq_env.datasets.cache import atomic_file
+from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.problem import load_problem
+from arq_env.report import comparison_table, layer_table
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("run", type=Path, help="run folder of a search, or a bit_widths.json, found or edited by hand")
+    parser.add_argument(
+        "--uniform",
+        type=int,
+        nargs="*",
+        default=[4],
+        metavar="BITS",
+        help="uniform maps to compare with, the first as the base",
+    )
+    parser.add_argument("--every", type=int, default=TestSettings.every, help="take every so many-th test image")
+    parser.add_argument("--n0", type=int, default=TestSettings.n0, help="noise samples that select a class")
+    parser.add_argument("--n", type=int, default=TestSettings.n, help="noise samples that count it")
+    parser.add_argument("--alpha", type=float, default=TestSettings.alpha, help="error probability of each certificate")
+    parser.add_argument("--seed", type=int, default=0, help="of the certification noise")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: certificates.json beside the map)")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    path = options.run / "bit_widths.json" if options.run.is_dir() else options.run
+    if options.every < 1 or not options.uniform:
+        raise ArqError("--every must be at least 1, and --uniform needs at least one bit-width")
+    try:
+        header = json.loads(path.read_text())
+        names = header["network"], header["dataset"], header["sigma"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArqError(f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json") from error
+    problem = load_problem(names[0], names[1], sigma=names[2], device=options.device)
+    found, _ = load_map(path, problem.layers)
+    maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
+    settings = TestSettings(every=options.every, n0=options.n0, n=options.n, alpha=options.alpha, seed=options.seed)
+    evaluator = Evaluator(problem, CertifierSettings())
+    print(layer_table(problem.layers, found), end="\n\n")
+    comparison = compare_maps(
+        evaluator,
+        maps,
+        settings,
+        folder=path.parent / "certificates",
+        progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks),
+    )
+    print(comparison_table(comparison))
+    output = options.output or path.parent / "certificates.json"
+    with atomic_file(output) as file:
+        file.write((json.dumps(comparison.document(evaluator), indent=2) + "\n").encode())
+    print(output)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

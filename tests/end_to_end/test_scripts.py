@@ -1,0 +1,138 @@
+"""The scripts as a user runs them: what they print, leave behind, and exit with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name, *arguments, **environment):
+    command = [sys.executable, f"experiments/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+
+
+def assert_one_line_error(done, *parts):
+    """Exit code 2, and a single line that says what to do."""
+    assert done.returncode == 2, done
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("*.py"))])
+def test_help(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and "--output" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--env", "ARQ-ResNet21-v0"], ["ARQ-ResNet21"]),
+        (["--sigma", "-1"], ["sigma"]),
+        (["--sigma", "7"], ["resnet20-signs-sigma0.5-gaussian"]),
+        (["--budget", "2"], ["fraction"]),
+        (["--budget", "0.001"], ["least reachable is 0.004"]),
+        (["--episodes", "0"], ["at least 1"]),
+        (["--device", "abacus"], ["cpu or cuda"]),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, parts):
+    output = tmp_path / "run"
+    defaults = ["--env", "ARQ-ResNet20-Signs-v0"] if "--env" not in arguments else []
+    assert_one_line_error(script("train_td3", *defaults, *arguments, "--output", output), *parts)
+    assert not output.exists()
+
+
+def test_no_space_for_the_data(tmp_path):
+    """A cache folder that cannot be made stands for a full disk: both are the same OSError to the code."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = script("train_td3", "--env", "ARQ-ResNet20-Signs-v0", "--output", tmp_path / "run", ARQ_DATA=str(blocked / "cache"))
+    assert_one_line_error(done, "ARQ_DATA")
+
+
+def test_malformed_map(tmp_path):
+    (tmp_path / "bit_widths.json").write_text("{}")
+    assert_one_line_error(script("certify_map", tmp_path), "bit-width map")
+    assert_one_line_error(script("certify_map", tmp_path / "none.json"), "cannot be read")
+
+
+SHORT = ["--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "10", "--test-n", "50"]
+
+
+@pytest.mark.slow
+def test_main_job_killed_and_resumed(tmp_path):
+    """Kill a search with SIGKILL, run it again, and compare with one that was left alone."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = script("train_td3", *SHORT, "--output", whole)
+    assert done.returncode == 0, done.stderr
+    for text in ("stage3.2.conv2", "share of BOPs", "FP32", "W4A4", "found", "paired"):
+        assert text in done.stdout
+    assert {path.name for path in whole.iterdir()} >= {
+        "bit_widths.json",
+        "agent.zip",
+        "trace.jsonl",
+        "tensorboard",
+        "config.json",
+        "certificates.json",
+    }
+    document = json.loads((whole / "certificates.json").read_text())
+    assert document["networks"]["found"]["bops_fraction"] <= 1 / 64 < document["networks"]["W4A4"]["bops_fraction"]
+
+    command = [sys.executable, "experiments/train_td3.py", *SHORT, "--output", str(cut)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trace = cut / "trace.jsonl"
+    while not (trace.exists() and len(trace.read_text().splitlines()) >= 5):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert script("train_td3", *SHORT, "--output", cut).returncode == 0
+    rewards = [[json.loads(line)["reward"] for line in (run / "trace.jsonl").read_text().splitlines()] for run in (whole, cut)]
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 22
+
+    # the found map goes through the certifying script, and so does one edited by hand
+    document = json.loads((whole / "bit_widths.json").read_text())
+    document["layers"][5]["weight_bits"] = 8
+    (tmp_path / "edited.json").write_text(json.dumps(document))
+    output = tmp_path / "result.json"
+    done = script("certify_map", tmp_path / "edited.json", "--every", "200", "--n", "30", "--n0", "10", "--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["maps"]["found"][document["layers"][5]["name"]][0] == 8 and result["images"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ddpg", "sac"])
+def test_other_agents_run(tmp_path, algorithm):
+    done = script(f"train_{algorithm}", *SHORT[:2], "--episodes", "3", "--test-images", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_pretraining_resumes_after_a_kill(tmp_path):
+    """One epoch, a kill in the second, and on: the card tells the whole recipe."""
+    arguments = ["--dataset", "signs", "--epochs", "2", "--batch", "256", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "experiments/pretrain.py", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = tmp_path / "resnet20-signs-sigma0.5-gaussian" / "training.pt"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = script("pretrain", *arguments)
+    assert done.returncode == 0 and "epoch 2" in done.stdout + done.stderr and "epoch 1 " not in done.stdout, done
+    card = json.loads(state.with_name("resnet20-signs-sigma0.5-gaussian.json").read_text())
+    assert card["recipe"]["epochs"] == 2 and len(card["digest"]) == 64 and 0 < card["accuracy_under_noise"]["test"] < 1

@@ -1,0 +1,146 @@
+import json
+
+import numpy as np
+import pytest
+
+from agents.algorithms import WARM_UP_EPISODES, DecayingNoise
+from agents.search import search
+from agents.trace import best_episode, read_trace
+from arq_env import ArqError
+from arq_env.bitwidths import load_map
+from tests.toy import make_toy_env
+
+EPISODES = WARM_UP_EPISODES + 6
+
+
+def run(folder, algorithm="td3", episodes=EPISODES, env=None, **changes):
+    return search(algorithm, env or make_toy_env(), episodes=episodes, folder=folder, progress=False, **changes)
+
+
+def outcome(folder):
+    """What a search found, without the times it took."""
+    return [(e.episode, e.reward, e.bit_widths, e.evaluations) for e in read_trace(folder / "trace.jsonl")]
+
+
+@pytest.mark.parametrize("algorithm", ["td3", "ddpg", "sac"])
+def test_run_folder(tmp_path, algorithm):
+    env = make_toy_env()
+    best = run(tmp_path, algorithm, env=env)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "trace.jsonl",
+        "tensorboard",
+        "agent.zip",
+        "bit_widths.json",
+    }
+    episodes = read_trace(tmp_path / "trace.jsonl")
+    assert len(episodes) == EPISODES and best == best_episode(episodes)
+    bit_widths, document = load_map(tmp_path / "bit_widths.json", env.layers)
+    assert bit_widths == best.bit_widths and document["metrics"]["reward"] == best.reward
+    assert document["provenance"]["versions"]["torch"]
+    assert json.loads((tmp_path / "config.json").read_text())["hyperparameters"]["gamma"] == 1.0
+    assert len({e.reward for e in episodes}) > 3 and all(e.bops_fraction <= 0.03 for e in episodes)
+
+
+def test_tensorboard_has_what_the_readme_promises(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, episodes=3)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = {"reward", "acr", "certified_accuracy", "bops_fraction", "actions_at_bounds", "best_reward"}
+    assert {f"arq/{name}" for name in names} | {"rollout/ep_rew_mean"} <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("arq/reward")] == pytest.approx(
+        [e.reward for e in read_trace(tmp_path / "trace.jsonl")]
+    )
+    assert "arq/map" in events.Tags()["images"] and "arq/bits" in events.Tags()["histograms"]
+
+
+def test_a_killed_search_resumes_to_the_same_end(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = run(whole)
+
+    class Killed(Exception):
+        pass
+
+    env, done = make_toy_env(), []
+    evaluate = env.evaluator.evaluate
+
+    def dying(bit_widths):
+        done.append(bit_widths)
+        if len(done) == WARM_UP_EPISODES + 3:
+            raise Killed
+        return evaluate(bit_widths)
+
+    env.evaluator.evaluate = dying
+    with pytest.raises(Killed):
+        run(cut, env=env)
+    with open(cut / "trace.jsonl", "a") as file:
+        file.write('{"episode": 23, "rew')  # a line that the kill cut short
+
+    env = make_toy_env()
+    quantized = []
+    evaluator = env.evaluator
+    evaluator.quantizer.quantize = lambda bits, original=evaluator.quantizer.quantize: quantized.append(bits) or original(bits)
+    best = run(cut, env=env)
+    assert outcome(cut) == outcome(whole)
+    assert (best.episode, best.reward) == (expected.episode, expected.reward)
+    assert len(quantized) <= 4  # the others were recalled
+
+
+def test_more_episodes_extend_a_search(tmp_path):
+    run(tmp_path / "a", episodes=3)
+    run(tmp_path / "a", episodes=5)
+    run(tmp_path / "b", episodes=5)
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+def test_another_search_is_never_overwritten(tmp_path):
+    run(tmp_path, episodes=2)
+    before = (tmp_path / "trace.jsonl").read_bytes()
+    for change, name in [
+        ({"seed": 1}, "seed"),
+        ({"algorithm": "sac"}, "algorithm"),
+        ({"env": make_toy_env(budget=0.04)}, "budget"),
+    ]:
+        with pytest.raises(ArqError, match=name):
+            run(tmp_path, **{"episodes": 2} | change)
+    assert (tmp_path / "trace.jsonl").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(ArqError, match="not empty"):
+        run(tmp_path / "other")
+
+
+def test_a_damaged_trace_is_an_error(tmp_path):
+    run(tmp_path, episodes=2)
+    (tmp_path / "trace.jsonl").write_text("nonsense\n")
+    with pytest.raises(ArqError, match="line 1"):
+        run(tmp_path, episodes=2)
+
+
+def test_a_trace_from_elsewhere_is_an_error(tmp_path):
+    run(tmp_path, episodes=2)
+    path = tmp_path / "trace.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(ArqError, match="did not come out"):
+        run(tmp_path, episodes=3)
+
+
+def test_zero_episodes(tmp_path):
+    with pytest.raises(ArqError, match="at least 1"):
+        run(tmp_path, episodes=0)
+    with pytest.raises(ArqError, match="td3"):
+        run(tmp_path / "x", algorithm="ppo")
+
+
+def test_noise_decays_after_the_warm_up():
+    np.random.seed(0)
+    noise = DecayingNoise(1_000, std=0.5, decay=0.9, least=0.1)
+    spread = []
+    for _ in range(WARM_UP_EPISODES + 40):
+        spread.append(noise().std())
+        noise.reset()
+    assert spread[WARM_UP_EPISODES] == pytest.approx(0.5, rel=0.1)
+    assert spread[WARM_UP_EPISODES + 5] == pytest.approx(0.5 * 0.9**5, rel=0.15)
+    assert spread[-1] == pytest.approx(0.1, rel=0.1)
