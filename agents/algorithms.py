@@ -15,9 +15,11 @@ WARM_UP_EPISODES = 20
 
 
 class DecayingNoise(ActionNoise):
-    """Gaussian exploration noise that shrinks by a factor an episode, once the warm-up is over.
+    """Gaussian exploration noise after the warm-up, shrinking by a factor an episode.
 
-    SB3 calls :meth:`reset` at the end of each episode. Draws come from NumPy's global generator, which SB3 seeds.
+    During the warm-up it is zero, since SB3 adds it to the uniformly random actions too, which would push a fifth of them to
+    the bounds. SB3 calls :meth:`reset` once before the first episode and at the end of each. Draws come from NumPy's
+    global generator, which SB3 seeds.
 
     :param size: number of actions
     :param std: standard deviation in the first episodes
@@ -28,10 +30,12 @@ class DecayingNoise(ActionNoise):
     def __init__(self, size: int, std: float = 0.5, decay: float = 0.98, least: float = 0.05):
         super().__init__()
         self.size, self.std, self.decay, self.least = size, std, decay, least
-        self.episodes = 0
+        self.episodes = -1
 
     def __call__(self) -> np.ndarray:
-        std = self.std * self.decay ** max(0, self.episodes - WARM_UP_EPISODES)
+        if self.episodes < WARM_UP_EPISODES:
+            return np.zeros(self.size, np.float32)
+        std = self.std * self.decay ** (self.episodes - WARM_UP_EPISODES)
         return np.random.normal(0.0, max(std, self.least), self.size).astype(np.float32)
 
     def reset(self) -> None:
@@ -50,7 +54,7 @@ def hyperparameters(name: str, horizon: int) -> dict:
     common = {
         "learning_rate": 1e-3,
         "buffer_size": 2_000 * horizon,
-        "learning_starts": WARM_UP_EPISODES * horizon,
+        "learning_starts": WARM_UP_EPISODES * horizon - 1,  # SB3 trains once it has *more* steps than this
         "batch_size": 64,
         "tau": 0.01,
         "gamma": 1.0,

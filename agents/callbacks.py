@@ -36,7 +36,7 @@ class SearchRecorder(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.layers = self.training_env.get_attr("layers")[0]
-        self._start = time.perf_counter()
+        self._start, self._before = time.perf_counter(), self.known[-1].seconds if self.known else 0.0
         self._maps, self._actions = set(), []
         self._bar = tqdm(total=self.episodes, unit="episode", disable=not self.progress)
 
@@ -62,13 +62,13 @@ class SearchRecorder(BaseCallback):
             reward=float(self.locals["rewards"][0]),
             bit_widths=bit_widths,
             evaluations=len(self._maps),
-            seconds=time.perf_counter() - self._start,
+            seconds=self._before + time.perf_counter() - self._start,
             **{key: info[key] for key in measured},
         )
         self.done.append(episode)
         if len(self.done) > len(self.known):
             append_episode(self.path, episode)
-        elif bit_widths != self.known[len(self.done) - 1].bit_widths:
+        elif not episode.same_outcome(self.known[len(self.done) - 1]):
             raise ArqError(
                 f"episode {episode.episode} did not come out as {self.path} says, so other versions or another machine wrote it: "
                 "choose another --output"

@@ -7,12 +7,12 @@ from pathlib import Path
 import gymnasium
 from tqdm import tqdm
 
-import arq_env  # noqa: F401  (registers the ids)
 from agents.search import search
-from arq_env import command_line
+from arq_env import ArqError, command_line
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
-from arq_env.datasets.cache import atomic_file
+from arq_env.files import atomic_file
+from arq_env.registration import ENVIRONMENTS
 from arq_env.report import comparison_table, layer_table
 
 #: The uniform network that every found map is compared with.
@@ -30,7 +30,12 @@ def main(algorithm: str) -> None:
         options.output
         or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}-seed{options.seed}"
     )
-    env = gymnasium.make(options.env, budget=options.budget, sigma=options.sigma, device=options.device, disable_env_checker=True)
+    try:
+        env = gymnasium.make(
+            options.env, budget=options.budget, sigma=options.sigma, device=options.device, disable_env_checker=True
+        )
+    except TypeError as error:  # an environment that has no budget
+        raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
     print(f"{name} on {options.env}: {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})")
     best = search(
         algorithm,
@@ -52,7 +57,7 @@ def main(algorithm: str) -> None:
 def _parse(algorithm: str, description: str):
     parser = command_line.parser(description)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
-    parser.add_argument("--episodes", type=int, default=150, help="maps to try, the first 20 at random")
+    parser.add_argument("--episodes", type=command_line.whole(1), default=150, help="maps to try, the first 20 at random")
     parser.add_argument("--budget", type=float, default=1 / 64, help="bit operations, as a fraction of FP32's")
     parser.add_argument(
         "--sigma",
@@ -60,30 +65,34 @@ def _parse(algorithm: str, description: str):
         default=0.5,
         help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the agent")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
     parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; the agent stays on the CPU")
     parser.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
     parser.add_argument(
         "--test-images",
-        type=int,
+        type=command_line.whole(0),
         default=100,
-        help="test images that FP32, uniform 4 bits and the found map are certified on; 0 for none",
+        help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
-    parser.add_argument("--test-n", type=int, default=500, help="noise samples counted for each of them")
+    parser.add_argument("--test-n", type=command_line.whole(1), default=500, help="noise samples counted for each of them")
     return parser.parse_args()
 
 
 def _certify(env, best, folder: Path, options) -> None:
     """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
-    every = max(1, len(env.problem.dataset.test.images) // options.test_images)
+    every = -(-len(env.problem.dataset.test.images) // options.test_images)
     maps = {
-        f"W{UNIFORM_BITS}A{UNIFORM_BITS}": uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS),
+        f"W{UNIFORM_BITS}A{UNIFORM_BITS}": uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS, env.end_bits),
         "found": best.bit_widths,
     }
     settings = TestSettings(every=every, n=options.test_n)
     print(f"\ncertifying on every {every}th test image (the search saw none), n = {settings.n}, alpha = {settings.alpha}:")
     comparison = compare_maps(
-        env.evaluator, maps, settings, progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks, leave=False)
+        env.evaluator,
+        maps,
+        settings,
+        folder=folder / "certificates",
+        progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks, leave=False),
     )
     print(comparison_table(comparison))
     with atomic_file(folder / "certificates.json") as file:

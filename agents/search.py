@@ -9,12 +9,12 @@ from pathlib import Path
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
-from agents.algorithms import build_agent, hyperparameters
+from agents.algorithms import DecayingNoise, build_agent, hyperparameters
 from agents.callbacks import SearchRecorder
 from agents.trace import Episode, best_episode, read_trace
 from arq_env.bitwidths import save_map
-from arq_env.datasets.cache import atomic_file
 from arq_env.errors import ArqError
+from arq_env.files import atomic_file
 from arq_env.provenance import provenance
 
 
@@ -47,6 +47,8 @@ def search(
     folder = Path(folder)
     evaluator = env.get_wrapper_attr("evaluator")
     known = _open_folder(folder, algorithm, env, seed, config or {})
+    if episodes < len(known):
+        raise ArqError(f"{folder} already has {len(known)} episodes: ask for at least as many, or choose another --output")
     for episode in known:
         evaluator.remember(episode.bit_widths, episode.evaluation)
     _ = evaluator.reference  # certified before the bar starts, so that errors and warnings come first
@@ -83,7 +85,12 @@ def save_run_map(folder: Path, env, best: Episode) -> None:
         sigma=problem.sigma,
         budget=env.get_wrapper_attr("default_budget").fraction,
         metrics=metrics,
-        provenance=provenance() | {"checkpoint": problem.card.get("digest")},
+        provenance=provenance()
+        | {
+            "checkpoint": problem.card.get("digest"),
+            "training": problem.card.get("training"),
+            "certifier": dataclasses.asdict(env.get_wrapper_attr("evaluator").settings),
+        },
     )
 
 
@@ -92,19 +99,22 @@ def _open_folder(folder: Path, algorithm: str, env, seed: int, config: dict) -> 
     problem, evaluator = env.get_wrapper_attr("problem"), env.get_wrapper_attr("evaluator")
     settings = hyperparameters(algorithm, len(env.get_wrapper_attr("free_layers")))
     settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
+    settings["action_noise"] = None if algorithm == "sac" else vars(DecayingNoise(2))
     config = config | {
         "algorithm": algorithm,
         "seed": seed,
         "sigma": problem.sigma,
         "budget": env.get_wrapper_attr("default_budget").fraction,
-        "checkpoint": problem.card.get("digest"),
+        "end_bits": env.get_wrapper_attr("end_bits"),
+        "network": problem.digest,
         "certifier": dataclasses.asdict(evaluator.settings),
         "hyperparameters": settings,
+        "versions": provenance()["versions"],
     }
     config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file
     path = folder / "config.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
             raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
         with atomic_file(path) as file:
             file.write((json.dumps(config | {"provenance": provenance()}, indent=2) + "\n").encode())

@@ -15,7 +15,8 @@ class Episode:
 
     :param bit_widths: layer name to (weight bits, activation bits)
     :param evaluations: distinct maps evaluated so far, this one included
-    :param seconds: since the search began, in this process
+    :param evaluation_seconds: that the map's evaluation took when it was made
+    :param seconds: since the search began, without the time between a kill and its resumption
     """
 
     episode: int
@@ -29,6 +30,11 @@ class Episode:
     evaluation_seconds: float
     evaluations: int
     seconds: float
+
+    def same_outcome(self, other: "Episode") -> bool:
+        """Whether both found the same map with the same reward, whatever time it took."""
+        names = ("episode", "reward", "bit_widths", "reference_acr", "evaluations")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def evaluation(self) -> Evaluation:
@@ -53,13 +59,13 @@ def read_trace(path: Path) -> list[Episode]:
     if not Path(path).exists():
         return []
     episodes = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
             fields = json.loads(line)
             fields["bit_widths"] = {name: Bits(*bits) for name, bits in fields["bit_widths"].items()}
             episodes.append(Episode(**fields))
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArqError(
                 f"{path} line {number} is not an episode ({error}): delete the run folder or choose another --output"
             ) from error

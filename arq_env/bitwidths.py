@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from arq_env.datasets.cache import atomic_file
 from arq_env.errors import ArqError
+from arq_env.files import atomic_file
 from arq_env.layers import Layer
 
 MIN_BITS, MAX_BITS = 2, 8
-#: Bits of the first and the last layer, which every method in the field leaves at 8.
+#: Bits of the first and the last layer by default; every method in the field leaves them at 8.
 END_BITS = 8
 FORMAT, VERSION = "arq-bit-widths", 1
 
@@ -30,14 +30,14 @@ def free_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     return layers[1:-1] if len(layers) > 2 else layers
 
 
-def complete(chosen: BitWidthMap, layers: tuple[Layer, ...]) -> BitWidthMap:
-    """Add 8 bits for every layer that ``chosen`` leaves out, in the order of ``layers``."""
-    return {layer.name: chosen.get(layer.name, Bits(END_BITS, END_BITS)) for layer in layers}
+def complete(chosen: BitWidthMap, layers: tuple[Layer, ...], end_bits: int = END_BITS) -> BitWidthMap:
+    """Add ``end_bits`` for every layer that ``chosen`` leaves out, in the order of ``layers``."""
+    return {layer.name: chosen.get(layer.name, Bits(end_bits, end_bits)) for layer in layers}
 
 
-def uniform(layers: tuple[Layer, ...], weight: int, activation: int) -> BitWidthMap:
-    """The same bits for every free layer."""
-    return complete({layer.name: Bits(weight, activation) for layer in free_layers(layers)}, layers)
+def uniform(layers: tuple[Layer, ...], weight: int, activation: int, end_bits: int = END_BITS) -> BitWidthMap:
+    """The same bits for every free layer, ``end_bits`` for the first and the last."""
+    return complete({layer.name: Bits(weight, activation) for layer in free_layers(layers)}, layers, end_bits)
 
 
 def bops_fraction(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> float:

@@ -9,11 +9,30 @@ import gymnasium
 from arq_env.errors import ArqError
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as for every other mistake."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring and every default."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    return _OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+
+def whole(least: int, most: int = 2**32 - 1):
+    """The type of an option that takes a whole number from ``least`` to ``most``."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{value} is out of range: give a whole number from {least}" + (f" to {most}" if most < 2**31 else "")
+            )
+        return value
+
+    convert.__name__ = "whole number"
+    return convert
 
 
 def run(main) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from arq_env.bitwidths import BitWidthMap, bops_fraction
+from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
 from arq_env.certification import Certificates, certify
 from arq_env.certification.smoothing import CHUNK
-from arq_env.datasets.cache import sha256
 from arq_env.evaluation import Evaluator
+from arq_env.files import sha256
 from arq_env.layers import Layer
 from arq_env.provenance import provenance
 
@@ -91,16 +91,12 @@ def compare_maps(
     """
     problem = evaluator.problem
     images, labels = problem.test_images(settings.every)
+    data = [sha256(np.ascontiguousarray(array)) for array in (images, labels)]
+    for bit_widths in maps.values():
+        check_map(bit_widths, problem.layers)
     certificates = {}
     for name, bit_widths in {FP32: None, **maps}.items():
-        identity = [
-            bit_widths,
-            asdict(settings),
-            problem.sigma,
-            problem.card.get("digest"),
-            sha256(np.ascontiguousarray(images)),
-            evaluator.settings.seed,
-        ]
+        identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]
         path = None if folder is None else Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
         if path is not None and path.exists():
             certificates[name] = Certificates.from_tsv(path)

@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from arq_env.bitwidths import Bits, bops_fraction, complete, free_layers
+from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, bops_fraction, complete, free_layers
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
 from arq_env.evaluation import CertifierSettings, Evaluator
@@ -26,7 +26,7 @@ class ArqEnv(gymnasium.Env):
     ## Description
     A network trained under Gaussian noise is quantized to mixed precision within a budget of bit operations (BOPs, the sum over
     layers of MACs x weight bits x activation bits). An episode walks the layers from input to output; the first and the
-    last layer keep 8 bits and are passed over. After the last step the network is quantized, BatchNorm's statistics are
+    last layer keep `end_bits` and are passed over. After the last step the network is quantized, BatchNorm's statistics are
     estimated anew, and randomized smoothing certifies it on images held out for the reward. A reconstruction of the
     decision process of ARQ (arXiv 2410.24214) and of HAQ (arXiv 1811.08886), which it builds on.
 
@@ -63,11 +63,12 @@ class ArqEnv(gymnasium.Env):
     ## Episode End
     Terminates after the last free layer (18 steps for ResNet-20); never truncates. The last step's `info` holds
     `bit_widths` (name to (weight, activation)), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius
-    sigma / 2), `reference_acr` and `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing.
+    sigma / 2), `reference_acr` and `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing and
+    reports the time that its evaluation took.
 
     ## Arguments
-    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, device="cpu")`, and the reward
-    certifier's `images`, `n0`, `n`, `alpha` and `seed` (see :class:`arq_env.evaluation.CertifierSettings`). The class
+    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, and the
+    reward certifier's `images`, `n0`, `n`, `alpha` and `seed` (see :class:`arq_env.evaluation.CertifierSettings`). The class
     itself takes a :class:`arq_env.problem.Problem`, which holds any network of Conv2d and Linear layers.
 
     ## Version History
@@ -81,6 +82,7 @@ class ArqEnv(gymnasium.Env):
         problem: Problem,
         *,
         budget: float = 1 / 64,
+        end_bits: int = END_BITS,
         settings: CertifierSettings = CertifierSettings(),
         render_mode: str | None = None,
     ):
@@ -90,7 +92,8 @@ class ArqEnv(gymnasium.Env):
         self.evaluator = Evaluator(problem, settings)
         self.layers = problem.layers
         self.free_layers = free_layers(self.layers)
-        self.default_budget = BopsBudget(self.layers, budget)
+        self.end_bits = end_bits
+        self.default_budget = BopsBudget(self.layers, budget, end_bits)
         self._static = static_features(self.free_layers)
         self.observation_space = spaces.Box(0, 1, (len(FEATURES),), np.float32)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
@@ -109,7 +112,7 @@ class ArqEnv(gymnasium.Env):
         budget = options.pop("budget", None)
         if options:
             raise ArqError(f"there is no reset option {next(iter(options))!r}: the one option is 'budget'")
-        self._start(self.default_budget if budget is None else BopsBudget(self.layers, budget))
+        self._start(self.default_budget if budget is None else BopsBudget(self.layers, budget, self.end_bits))
         return self._observe(), {}
 
     def step(self, action):
@@ -130,14 +133,14 @@ class ArqEnv(gymnasium.Env):
         weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
         if not (math.isfinite(weight) and math.isfinite(activation)):
             raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
-        share = math.sqrt(self.budget.even_share(step, self._spent))
+        share = min(math.sqrt(self.budget.even_share(step, self._spent)), MAX_BITS)  # so that a large budget leaves a choice
         return Bits(*(math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation)))
 
     def _observe(self) -> np.ndarray:
         return observe(self._static, self.budget, len(self._chosen), self._spent, self._previous)
 
     def _verdict(self):
-        bit_widths = complete(self._chosen, self.layers)
+        bit_widths = complete(self._chosen, self.layers, self.end_bits)
         reference = self.evaluator.reference
         evaluation = self.evaluator.evaluate(bit_widths)
         info = {
@@ -153,10 +156,12 @@ class ArqEnv(gymnasium.Env):
 
     def render(self):
         """The bits chosen so far: text (``ansi``) or a bar chart as uint8 [h, w, 3] (``rgb_array``)."""
+        free = {layer.name for layer in self.free_layers}
+        ends = {layer.name: Bits(self.end_bits, self.end_bits) for layer in self.layers if layer.name not in free}
         if self.render_mode == "ansi":
-            return render_ansi(self.layers, self._chosen)
+            return render_ansi(self.layers, ends | self._chosen)
         if self.render_mode == "rgb_array":
-            return render_rgb(self.layers, self._chosen)
+            return render_rgb(self.layers, ends | self._chosen)
         gymnasium.logger.warn("render() was called without a render_mode: pass one to gym.make")
         return None
 
@@ -167,6 +172,7 @@ def make_env(
     sigma: float = 0.5,
     training: str = "gaussian",
     budget: float = 1 / 64,
+    end_bits: int = END_BITS,
     device: str = "cpu",
     render_mode: str | None = None,
     **settings,
@@ -177,4 +183,4 @@ def make_env(
     :raises ArqError: for an argument out of range, a missing checkpoint or a budget that cannot be met
     """
     problem = load_problem(network, dataset, sigma=sigma, training=training, device=device)
-    return ArqEnv(problem, budget=budget, settings=CertifierSettings(**settings), render_mode=render_mode)
+    return ArqEnv(problem, budget=budget, end_bits=end_bits, settings=CertifierSettings(**settings), render_mode=render_mode)

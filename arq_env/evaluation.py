@@ -38,6 +38,13 @@ class CertifierSettings:
     alpha: float = 0.3
     seed: int = 0
 
+    def __post_init__(self):
+        for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0)):
+            if not (isinstance(value := getattr(self, name), int) and value >= low):
+                raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
+        if not 0 < self.alpha < 1:
+            raise ArqError(f"alpha is {self.alpha}: give the probability of failure, in (0, 1)")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -94,7 +101,8 @@ class Evaluator:
         """
         key = tuple(bit_widths.items())
         if key not in self._known:
-            self._known[key] = self._evaluate(lambda: self.quantizer.quantize(bit_widths))
+            quantizer = self.quantizer  # calibrated before the clock starts
+            self._known[key] = self._evaluate(lambda: quantizer.quantize(bit_widths))
         return self._known[key]
 
     def remember(self, bit_widths: BitWidthMap, evaluation: Evaluation) -> None:

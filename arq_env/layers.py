@@ -37,7 +37,7 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer
     """List the Conv2d and Linear layers that a forward pass uses, in order of first use.
 
     :param input_shape: of one image, as [c, h, w]
-    :raises ArqError: when there is none, naming the module types that are there
+    :raises ArqError: when there is none, naming the module types that are there; when two names share a module
     """
     calls: dict[str, tuple[torch.Size, int]] = {}
 
@@ -48,7 +48,14 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer
 
         return hook
 
-    modules = {name: m for name, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    kinds = (nn.Conv2d, nn.Linear)
+    modules = {name: m for name, m in network.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
+    if isinstance(network, kinds):
+        raise ArqError("the network is a single layer, which has no name: wrap it in nn.Sequential")
+    first_names: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        if first_names.setdefault(module, name) != name:
+            raise ArqError(f"layers {first_names[module]!r} and {name!r} are one module: give each its own, so that each has bits")
     hooks = [module.register_forward_hook(record(name)) for name, module in modules.items()]
     was_training = network.training
     try:

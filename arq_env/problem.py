@@ -1,5 +1,6 @@
 """What is being quantized: a network, its layers, its data and its noise level."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,18 @@ class Problem:
     def __post_init__(self):
         if not (np.isfinite(self.sigma) and self.sigma > 0):
             raise ArqError(f"sigma is {self.sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
+        if self.network.training:
+            raise ArqError(
+                "the network is in training mode, in which its output depends on the rest of the batch: call eval() first"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the network's layers and weights: what an evaluation kept in a file belongs to."""
+        digest = hashlib.sha256(repr(self.layers).encode())
+        for name, tensor in self.network.state_dict().items():
+            digest.update(name.encode() + np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -87,8 +100,13 @@ def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: st
     if not (isinstance(sigma, (int, float)) and np.isfinite(sigma) and sigma > 0):
         raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
     module, card = load_checkpoint(Checkpoint(network, dataset, float(sigma), training))
+    check_device(device)
+    return Problem(module.to(device), lambda: load_dataset(dataset), float(sigma), card=card)
+
+
+def check_device(device: str) -> None:
+    """Raise an ArqError unless torch can put a tensor there."""
     try:
-        module = module.to(device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArqError(f"the device {device!r} cannot be used ({str(error).splitlines()[0]}): choose cpu or cuda") from error
-    return Problem(module, lambda: load_dataset(dataset), float(sigma), card=card)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, BitWidthMap, free_layers
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap
 from arq_env.layers import Layer
 
 
@@ -37,6 +37,4 @@ def render_rgb(layers: tuple[Layer, ...], chosen: BitWidthMap) -> np.ndarray:
 
 
 def _all_bits(layers, chosen):
-    fixed = {layer.name for layer in layers} - {layer.name for layer in free_layers(layers)}
-    ends, open_ = Bits(END_BITS, END_BITS), Bits(0, 0)
-    return [ends if layer.name in fixed else chosen.get(layer.name, open_) for layer in layers]
+    return [chosen.get(layer.name, Bits(0, 0)) for layer in layers]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import gymnasium
 import torch
+from tqdm import tqdm
 
 import arq_env  # noqa: F401  (registers the ids)
 from arq_env import command_line
 from arq_env.bitwidths import uniform
-from arq_env.datasets.cache import atomic_file
+from arq_env.files import atomic_file
 from arq_env.provenance import provenance
 
 
@@ -38,7 +39,9 @@ def timed(owner, name: str, seconds: list):
 def main():
     parser = command_line.parser(__doc__)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
-    parser.add_argument("--repeats", type=int, default=7, help="different maps to evaluate")
+    parser.add_argument("--repeats", type=command_line.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of noise and calibration")
     parser.add_argument(
         "--output",
         type=Path,
@@ -47,7 +50,7 @@ def main():
     )
     options = parser.parse_args()
 
-    env = gymnasium.make(options.env, disable_env_checker=True).unwrapped
+    env = gymnasium.make(options.env, device=options.device, seed=options.seed, disable_env_checker=True).unwrapped
     evaluator, layers = env.evaluator, env.layers
     start = time.perf_counter()
     _ = evaluator.reference, evaluator.quantizer
@@ -55,11 +58,11 @@ def main():
     evaluator.evaluate(uniform(layers, 8, 8))  # not counted: the first pass allocates
     rows = []
     network_class = type(env.problem.network)
-    for bits in range(2, 2 + options.repeats):
+    for bits in tqdm(range(2, 2 + options.repeats), unit="map"):
         whole, forward, quantize = [], [], []
         with timed(network_class, "forward", forward), timed(evaluator.quantizer, "quantize", quantize):
             with timed(evaluator, "evaluate", whole):
-                evaluator.evaluate(uniform(layers, bits % 7 + 2, (bits + 1) % 7 + 2))
+                evaluator.evaluate(uniform(layers, bits, (bits - 1) % 7 + 2))
         rows.append({"evaluation": sum(whole), "forward": sum(forward), "quantize_with_batch_norm": sum(quantize)})
     median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     median["certify"] = median["evaluation"] - median["quantize_with_batch_norm"]

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import load_map, uniform
 from arq_env.comparison import TestSettings, compare_maps
-from arq_env.datasets.cache import atomic_file
 from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.files import atomic_file
 from arq_env.problem import load_problem
 from arq_env.report import comparison_table, layer_table
 
@@ -23,37 +23,43 @@ def parse():
     parser.add_argument("run", type=Path, help="run folder of a search, or a bit_widths.json, found or edited by hand")
     parser.add_argument(
         "--uniform",
-        type=int,
+        type=command_line.whole(2, 8),
         nargs="*",
         default=[4],
         metavar="BITS",
         help="uniform maps to compare with, the first as the base",
     )
-    parser.add_argument("--every", type=int, default=TestSettings.every, help="take every so many-th test image")
-    parser.add_argument("--n0", type=int, default=TestSettings.n0, help="noise samples that select a class")
-    parser.add_argument("--n", type=int, default=TestSettings.n, help="noise samples that count it")
+    parser.add_argument("--every", type=command_line.whole(1), default=TestSettings.every, help="take every so many-th test image")
+    parser.add_argument("--n0", type=command_line.whole(1), default=TestSettings.n0, help="noise samples that select a class")
+    parser.add_argument("--n", type=command_line.whole(1), default=TestSettings.n, help="noise samples that count it")
     parser.add_argument("--alpha", type=float, default=TestSettings.alpha, help="error probability of each certificate")
-    parser.add_argument("--seed", type=int, default=0, help="of the certification noise")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: certificates.json beside the map)")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: beside the map, named by every and n)")
     return parser.parse_args()
 
 
 def main():
     options = parse()
     path = options.run / "bit_widths.json" if options.run.is_dir() else options.run
-    if options.every < 1 or not options.uniform:
-        raise ArqError("--every must be at least 1, and --uniform needs at least one bit-width")
+    if not options.uniform:
+        raise ArqError("--uniform needs at least one bit-width to compare with")
     try:
         header = json.loads(path.read_text())
         names = header["network"], header["dataset"], header["sigma"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        made_with = header.get("provenance", {})
+        training, certifier = made_with.get("training", "gaussian"), CertifierSettings(**made_with.get("certifier", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json") from error
-    problem = load_problem(names[0], names[1], sigma=names[2], device=options.device)
+    problem = load_problem(names[0], names[1], sigma=names[2], training=training, device=options.device)
+    if made_with.get("checkpoint", problem.card["digest"]) != problem.card["digest"]:
+        raise ArqError(
+            f"{path} was found for other weights than the checkpoint that is here: search again, or restore that checkpoint"
+        )
     found, _ = load_map(path, problem.layers)
     maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
     settings = TestSettings(every=options.every, n0=options.n0, n=options.n, alpha=options.alpha, seed=options.seed)
-    evaluator = Evaluator(problem, CertifierSettings())
+    evaluator = Evaluator(problem, certifier)
     print(layer_table(problem.layers, found), end="\n\n")
     comparison = compare_maps(
         evaluator,
@@ -63,7 +69,7 @@ def main():
         progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks),
     )
     print(comparison_table(comparison))
-    output = options.output or path.parent / "certificates.json"
+    output = options.output or path.parent / f"{path.stem}-every{options.every}-n{options.n}.json"
     with atomic_file(output) as file:
         file.write((json.dumps(comparison.document(evaluator), indent=2) + "\n").encode())
     print(output)

@@ -14,6 +14,7 @@ from arq_env import command_line
 from arq_env.datasets import load_dataset
 from arq_env.networks.checkpoints import Checkpoint, build_network, save_checkpoint
 from arq_env.networks.training import Recipe, noisy_accuracy, train
+from arq_env.problem import check_device
 from arq_env.provenance import provenance
 
 
@@ -22,11 +23,13 @@ def parse():
     parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs")
     parser.add_argument("--network", default="resnet20", help="the network's name")
     parser.add_argument("--sigma", type=float, default=Recipe.sigma, help="standard deviation of the noise, pixels in [0, 1]")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="passes over the training images")
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="images a step")
+    parser.add_argument("--epochs", type=command_line.whole(1), default=Recipe.epochs, help="passes over the training images")
+    parser.add_argument("--batch", type=command_line.whole(1), default=Recipe.batch, help="images a step")
     parser.add_argument("--peak-rate", type=float, default=Recipe.peak_rate, help="highest learning rate of the cycle")
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="L2 penalty of SGD")
-    parser.add_argument("--seed", type=int, default=Recipe.seed, help="decides initial weights, order, crops and noise")
+    parser.add_argument(
+        "--seed", type=command_line.whole(0), default=Recipe.seed, help="decides initial weights, order, crops and noise"
+    )
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -50,6 +53,7 @@ def main():
     recipe = Recipe(**{name: value for name, value in vars(options).items() if name in fields})
     checkpoint = Checkpoint(options.network, options.dataset, options.sigma)
     folder = options.output / checkpoint.name
+    check_device(options.device)
     dataset = load_dataset(options.dataset)
     torch.manual_seed(options.seed)
     network = build_network(options.network)

@@ -101,29 +101,20 @@ def test_torch_modules_tensors_and_labels_agree(images):
             return torch.stack([-margin, margin], 1)
 
     labels = np.zeros(len(images))
-    expected = table(certify(Module(), images, labels, **SETTINGS))
-    assert table(certify(Module(), torch.from_numpy(images), torch.zeros(37), **SETTINGS)) == expected
+    expected = table(certify(Module().eval(), images, labels, **SETTINGS))
+    assert table(certify(Module().eval(), torch.from_numpy(images), torch.zeros(37), **SETTINGS)) == expected
     assert table(certify(lambda x: Module()(x).argmax(1), torch.from_numpy(images), labels, **SETTINGS)) == expected
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_bad_logits_are_an_error_that_names_the_image(images, value):
-    def broken(batch):
-        logits = halfspace(batch)
-        logits[np.abs(batch - images[17]).max((1, 2, 3)) < 3] = value
-        return logits
-
-    with pytest.raises(ArqError, match=r"image \d+"):
-        certify(broken, images, np.zeros(37), **SETTINGS)
-
-
-def test_bad_logits_name_the_right_image():
+@pytest.mark.parametrize("index", [0, 7, 19])
+def test_bad_logits_are_an_error_that_names_the_image(value, index):
     images = np.stack([np.full((1, 2, 2), i / 20, np.float32) for i in range(20)])
 
     def broken(batch):
-        return np.where(batch.mean((1, 2, 3))[:, None] > 0.925, np.nan, [[1.0, 0.0]])
+        return np.where(np.abs(batch.mean((1, 2, 3)) - index / 20)[:, None] < 0.02, value, [[1.0, 0.0]])
 
-    with pytest.raises(ArqError, match="image 19"):
+    with pytest.raises(ArqError, match=f"image {index}:"):
         certify(broken, images, np.zeros(20), sigma=1e-4, n0=2, n=2)
 
 
@@ -136,6 +127,7 @@ def test_bad_logits_name_the_right_image():
         ({"alpha": 1}, "alpha"),
         ({"n": 0}, "n is 0"),
         ({"n0": 0}, "n0 is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"method": "magic"}, "cohen"),
     ],
 )
@@ -189,3 +181,11 @@ def test_published_log_is_read(tmp_path):
     path.write_text("nothing of the kind")
     with pytest.raises(ArqError, match="not a certification log"):
         Certificates.from_tsv(path)
+
+
+def test_training_mode_is_an_error():
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(48, 2))
+    images = np.full((2, 3, 4, 4), 0.5)
+    with pytest.raises(ArqError, match="eval()"):
+        certify(classifier, images, [0, 0], **SETTINGS)
+    assert len(certify(classifier.eval(), images, [0, 0], **SETTINGS)) == 2

@@ -1,13 +1,14 @@
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from arq_env import ArqError
-from arq_env.datasets import REWARD_IMAGES, cache, cifar10, load_dataset, signs
+from arq_env import ArqError, files
+from arq_env.datasets import REWARD_IMAGES, cifar10, load_dataset, signs
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 def test_signs_are_the_same_bytes_everywhere():
     images, labels = signs.render(100, seed=5)
-    assert cache.sha256(images) == "ef2535441f9fa17b2174ff4b9723e13a2e1a14864ad6b4b50087420690f1730f"
+    assert files.sha256(images) == "ef2535441f9fa17b2174ff4b9723e13a2e1a14864ad6b4b50087420690f1730f"
     assert np.bincount(labels).tolist() == [10] * 10
     again, _ = signs.render(100, seed=5)
     other, _ = signs.render(100, seed=6)
@@ -42,10 +43,13 @@ def test_signs_parts_are_disjoint_and_cached(empty_cache, monkeypatch):
 
 def test_damaged_cache_is_an_error(empty_cache):
     empty_cache.mkdir()
+    whole = io.BytesIO()
+    np.savez(whole, train_images=np.zeros(5), train_labels=np.zeros(5))
     for name, dataset in [("signs-1.npz", "signs"), ("cifar10.npz", "cifar10")]:
-        (empty_cache / name).write_bytes(b"half a file")
-        with pytest.raises(ArqError, match="delete it"):
-            load_dataset(dataset)
+        for content in (b"half a file", b"", whole.getvalue()[:-30], whole.getvalue()):
+            (empty_cache / name).write_bytes(content)
+            with pytest.raises(ArqError, match="delete it"):
+                load_dataset(dataset)
 
 
 def test_unknown_data_set():
@@ -54,21 +58,31 @@ def test_unknown_data_set():
 
 
 def test_interrupted_write_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), cache.atomic_file(tmp_path / "a" / "file") as file:
+    with pytest.raises(KeyboardInterrupt), files.atomic_file(tmp_path / "a" / "file") as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_what_a_kill_left_is_swept_an_hour_later(tmp_path):
+    left, fresh, other = (tmp_path / name for name in (".file.1.part", ".file.2.part", ".else.1.part"))
+    for path in (left, fresh, other):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with files.atomic_file(tmp_path / "file") as file:
+        file.write(b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".else.1.part", ".file.2.part", "file"]
+
+
 def test_full_disk_is_one_line(tmp_path):
     with (
         pytest.raises(ArqError, match="No space left on device.*free some space"),
-        cache.atomic_file(tmp_path / "file"),
+        files.atomic_file(tmp_path / "file"),
     ):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "plain").write_text("")
-    with pytest.raises(ArqError, match="cannot write"), cache.atomic_file(tmp_path / "plain" / "file"):
+    with pytest.raises(ArqError, match="cannot write"), files.atomic_file(tmp_path / "plain" / "file"):
         pass
 
 
@@ -92,7 +106,7 @@ def tiny_arrays():
 def tiny_cifar10(empty_cache, monkeypatch):
     """CIFAR-10 as if it had twenty images."""
     arrays = tiny_arrays()
-    monkeypatch.setattr(cifar10, "DIGESTS", {split: cache.sha256(images) for split, (images, _) in arrays.items()})
+    monkeypatch.setattr(cifar10, "DIGESTS", {split: files.sha256(images) for split, (images, _) in arrays.items()})
     monkeypatch.setattr(cifar10, "SIZES", {"train": 20, "test": 20})
     return arrays
 

@@ -1,3 +1,4 @@
+import dataclasses
 import warnings
 
 import pytest
@@ -20,10 +21,11 @@ def test_each_number_comes_from_its_own_split(problem):
     test, _ = problem.test_images(every=2)
     torch.testing.assert_close(reward[3], torch.as_tensor(data.reward.images[3]).permute(2, 0, 1) / 255)
     torch.testing.assert_close(test[3], torch.as_tensor(data.test.images[6]).permute(2, 0, 1) / 255)
-    without_test = toy_dataset().__class__(**{**vars(data), "test": None})
-    blind = Evaluator(toy_problem(load=lambda: without_test), SMALL)
+    blind = Evaluator(toy_problem(load=lambda: dataclasses.replace(data, test=None)), SMALL)
     blind.evaluate(uniform(problem.layers, 4, 4))
     assert blind.reference.acr > 0
+    only_train = toy_problem(load=lambda: dataclasses.replace(data, test=None, reward=None))
+    assert len(only_train.calibration_images()) == 1_280
 
 
 def test_calibration_images_are_noisy_training_images(problem):
@@ -95,3 +97,19 @@ def test_comparison_is_paired_and_kept(problem, tmp_path, monkeypatch):
     monkeypatch.undo()
     changed = compare_maps(evaluator, {"W8A8": maps["W2A2"]}, settings, folder=tmp_path)  # another map under an old name
     assert changed.certificates["W8A8"].acr == first.certificates["W2A2"].acr
+
+
+def test_results_belong_to_the_network(problem, tmp_path):
+    """Two networks without a card, alike in all but one weight, do not share a table."""
+    other = toy_problem(card={})
+    with torch.no_grad():
+        other.network.last.bias += torch.tensor([9.0, 0, 0])
+    assert other.digest != toy_problem(card={}).digest == toy_problem(card={}).digest
+    maps, settings = {"W8A8": uniform(problem.layers, 8, 8)}, TestSettings(every=4, n0=10, n=50)
+    tables = [compare_maps(Evaluator(p, SMALL), maps, settings, folder=tmp_path).certificates[FP32].acr for p in (problem, other)]
+    assert tables[0] != tables[1]
+
+
+def test_training_mode_is_an_error():
+    with pytest.raises(ArqError, match="eval"):
+        toy_problem(network=ToyNet())

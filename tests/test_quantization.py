@@ -90,5 +90,11 @@ def test_any_module_and_one_with_nothing_to_quantize():
     images = torch.rand(64, *SHAPE)
     quantized = Quantizer(network, layers, images).quantize(uniform(layers, 8, 8))
     torch.testing.assert_close(quantized(images), network(images), rtol=0.1, atol=0.02)
+    with pytest.raises(ArqError, match="single layer"):
+        find_layers(nn.Conv2d(3, 4, 3), SHAPE)
+    network[4] = nn.Linear(5, 5)
+    network.append(network[4])
+    with pytest.raises(ArqError, match="'4' and '5' are one module"):
+        find_layers(network, SHAPE)
     with pytest.raises(ArqError, match="2 ReLU"):
         find_layers(nn.Sequential(nn.ReLU(), nn.ReLU()), SHAPE)

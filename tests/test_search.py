@@ -88,10 +88,12 @@ def test_a_killed_search_resumes_to_the_same_end(tmp_path):
 
 
 def test_more_episodes_extend_a_search(tmp_path):
-    run(tmp_path / "a", episodes=3)
-    run(tmp_path / "a", episodes=5)
-    run(tmp_path / "b", episodes=5)
+    run(tmp_path / "a", episodes=WARM_UP_EPISODES + 2)
+    run(tmp_path / "a")
+    run(tmp_path / "b")
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+    with pytest.raises(ArqError, match=f"already has {EPISODES} episodes"):
+        run(tmp_path / "a", episodes=3)
 
 
 def test_another_search_is_never_overwritten(tmp_path):
@@ -118,13 +120,24 @@ def test_a_damaged_trace_is_an_error(tmp_path):
         run(tmp_path, episodes=2)
 
 
-def test_a_trace_from_elsewhere_is_an_error(tmp_path):
+@pytest.mark.parametrize("key, value", [("reward", 0.125), ("reference_acr", 0.125), ("episode", 7)])
+def test_a_trace_that_does_not_replay_is_an_error(tmp_path, key, value):
     run(tmp_path, episodes=2)
     path = tmp_path / "trace.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(reversed(lines)) + "\n")
+    first, second = path.read_text().splitlines()
+    path.write_text(json.dumps(json.loads(first) | {key: value}) + "\n" + second + "\n")
     with pytest.raises(ArqError, match="did not come out"):
         run(tmp_path, episodes=3)
+
+
+def test_warm_up_is_uniform_and_noise_follows(tmp_path):
+    """Actions as SB3 really plays them: far from the bounds in the warm-up, none of them noisy twice."""
+    env, actions = make_toy_env(), []
+    step = env.step
+    env.step = lambda action: actions.append(action) or step(action)
+    run(tmp_path, env=env)
+    warm_up = np.array(actions[: 2 * WARM_UP_EPISODES - 1])
+    assert (np.abs(warm_up) > 0.99).mean() < 0.06 and 0.4 < warm_up.std() < 0.75
 
 
 def test_zero_episodes(tmp_path):
@@ -137,10 +150,12 @@ def test_zero_episodes(tmp_path):
 def test_noise_decays_after_the_warm_up():
     np.random.seed(0)
     noise = DecayingNoise(1_000, std=0.5, decay=0.9, least=0.1)
+    noise.reset()  # as SB3 does before the first episode
     spread = []
     for _ in range(WARM_UP_EPISODES + 40):
         spread.append(noise().std())
         noise.reset()
+    assert not any(spread[:WARM_UP_EPISODES])
     assert spread[WARM_UP_EPISODES] == pytest.approx(0.5, rel=0.1)
     assert spread[WARM_UP_EPISODES + 5] == pytest.approx(0.5 * 0.9**5, rel=0.15)
     assert spread[-1] == pytest.approx(0.1, rel=0.1)

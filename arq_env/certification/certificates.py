@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arq_env.datasets.cache import atomic_file
 from arq_env.errors import ArqError
+from arq_env.files import atomic_file
 
 ABSTAINED = -1
 _COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -57,7 +57,7 @@ class Certificates:
         return float((self.correct & (self.radius >= radius)).mean())
 
     def to_tsv(self, path: Path) -> None:
-        """Write the columns of published certification logs: idx, label, predict, radius, correct, time."""
+        """Write the columns of published certification logs: idx (the row), label, predict, radius, correct, time."""
         lines = ["\t".join(_COLUMNS)]
         rows = zip(self.label, self.prediction, self.radius, self.correct, self.seconds, strict=True)
         for index, (label, prediction, radius, correct, seconds) in enumerate(rows):

@@ -9,8 +9,8 @@ import torch
 
 from arq_env.certification.bounds import clopper_pearson_lower, smoothing_radius
 from arq_env.certification.certificates import ABSTAINED, Certificates
-from arq_env.datasets.cache import sha256
 from arq_env.errors import ArqError
+from arq_env.files import sha256
 
 #: Images handed to one task of ``map``.
 CHUNK = 16
@@ -37,7 +37,8 @@ def certify(
 
     With probability at least 1 - alpha over the noise, and for each image by itself: g is constant, and equal to the
     prediction, within the radius around the image. The noise of an image follows from ``seed`` and the image's own
-    pixels, so neither batch size nor the order of the images nor ``map`` changes a number.
+    pixels, so neither batch size nor the order of the images nor ``map`` changes what the classifier is asked; only where a
+    classifier itself rounds differently in another batch can a near-tie between logits fall the other way.
 
     :param classifier: f, from a batch [b, ...] of noisy images to logits [b, classes] or labels [b]. A torch module gets
         float32 tensors on its own device; any other function gets what ``images`` is, arrays or tensors.
@@ -56,7 +57,7 @@ def certify(
     device = _device(classifier, images)
     if batch_size is None:
         batch_size = 32 if device is None or device.type == "cpu" else 1_024
-    images, labels = _checked(images, labels, sigma, n0, n, alpha, method, batch_size)
+    images, labels = _checked(classifier, images, labels, sigma, n0, n, alpha, method, batch_size, seed)
     task = functools.partial(
         _certify_chunk, classifier, device, sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size
     )
@@ -125,17 +126,21 @@ def _classes(classifier, device, batch: np.ndarray, rows) -> np.ndarray:
     return output.argmax(axis=1)
 
 
-def _checked(images, labels, sigma, n0, n, alpha, method, batch_size):
+def _checked(classifier, images, labels, sigma, n0, n, alpha, method, batch_size, seed):
     """Images as float32 and labels as int64 arrays, or an ArqError."""
+    if isinstance(classifier, torch.nn.Module) and classifier.training:
+        raise ArqError(
+            "the classifier is in training mode, in which its output depends on the rest of the batch: call eval() first"
+        )
     if method not in METHODS:
         raise ArqError(f"there is no certification method {method!r}: choose one of {', '.join(METHODS)}")
     if not (np.isfinite(sigma) and sigma > 0):
         raise ArqError(f"sigma is {sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
     if not 0 < alpha < 1:
         raise ArqError(f"alpha is {alpha}: give the probability of failure, in (0, 1)")
-    for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
-        if value < 1:
-            raise ArqError(f"{name} is {value}: give at least 1")
+    for name, value, low in (("n0", n0, 1), ("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < low:
+            raise ArqError(f"{name} is {value}: give at least {low}")
     images = np.asarray(images.cpu() if isinstance(images, torch.Tensor) else images, np.float32)
     labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
     if len(images) == 0 or labels.shape != (len(images),):

@@ -1,12 +1,12 @@
 """Data sets by name, and the three disjoint parts every number in this project comes from.
 
-========== ======================================= =====================================================
+========== ======================================= ===========================================================
 part       images                                  used for
-========== ======================================= =====================================================
-train      training images, all but the last 2,000 pretraining, calibration, BatchNorm, fine-tuning
-reward     the last 2,000 training images          the reward of a search; never trained or calibrated on
+========== ======================================= ===========================================================
+train      training images, all but the last 2,000 pretraining, step sizes, BatchNorm statistics
+reward     the last 2,000 training images          the reward of a search; watched during pretraining, never fitted to
 test       test images                             final certificates; never seen by a search
-========== ======================================= =====================================================
+========== ======================================= ===========================================================
 """
 
 from dataclasses import dataclass

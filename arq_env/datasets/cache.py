@@ -1,14 +1,16 @@
-"""One cache folder for data sets, and files that are either whole or not there."""
+"""The one folder that data sets are kept in."""
 
-import contextlib
-import hashlib
 import os
-import tempfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 
 from arq_env.errors import ArqError
+from arq_env.files import atomic_file
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def cache_folder() -> Path:
@@ -16,30 +18,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ARQ_DATA") or platformdirs.user_cache_dir("arq-env"))
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path):
-    """Yield a binary file that becomes ``path`` when the block ends, and leaves nothing when it fails.
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write ``{"train": (images, labels), "test": (images, labels)}``, whole or not at all."""
+    flat = {f"{split}_{kind}": array for split, pair in arrays.items() for kind, array in zip(_KINDS, pair, strict=True)}
+    with atomic_file(path) as file:
+        np.savez(file, **flat)
 
-    :raises ArqError: when the folder cannot be written (no space, no permission).
+
+def read_arrays(path: Path) -> Arrays:
+    """Read what :func:`write_arrays` wrote.
+
+    :raises ArqError: when the file is damaged
     """
-    path, partial = Path(path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            partial = Path(file.name)
-            yield file.file
-        partial.chmod(0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        raise ArqError(
-            f"cannot write {path} ({error.strerror or error}): free some space there, or choose another folder "
-            "(ARQ_DATA for data sets, --output for runs)"
-        ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        with open(path, "rb") as stream, np.load(stream) as file:
+            return {split: tuple(file[f"{split}_{kind}"] for kind in _KINDS) for split in ("train", "test")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ArqError(f"{path} cannot be read ({error}): delete it and run again") from error
 
 
-def sha256(data) -> str:
-    """SHA-256 of a buffer (bytes or a C-contiguous array), as hex."""
-    return hashlib.sha256(data).hexdigest()
+_KINDS = ("images", "labels")

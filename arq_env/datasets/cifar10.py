@@ -6,13 +6,13 @@ import socket
 import subprocess
 import tarfile
 import tempfile
-import urllib.error
 from pathlib import Path
 
 import numpy as np
 
-from arq_env.datasets.cache import atomic_file, cache_folder, sha256
+from arq_env.datasets.cache import cache_folder, read_arrays, write_arrays
 from arq_env.errors import ArqError
+from arq_env.files import sha256
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 #: SHA-256 of the pixels as uint8 [n, 32, 32, 3], in the order of the original batches.
@@ -35,12 +35,8 @@ def load_arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     path = cache_folder() / "cifar10.npz"
     if not path.exists():
-        _write(path, _download())
-    try:
-        with np.load(path) as file:
-            arrays = {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SIZES}
-    except (OSError, ValueError, KeyError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): delete it and run again") from error
+        write_arrays(path, _download())
+    arrays = read_arrays(path)
     _verify(arrays, path)
     return arrays
 
@@ -51,12 +47,18 @@ def _verify(arrays, source) -> None:
             raise ArqError(f"the {split} images from {source} are not CIFAR-10 (SHA-256 differs): delete it and run again")
 
 
-def _write(path: Path, arrays) -> None:
-    with atomic_file(path) as file:
-        np.savez(
-            file,
-            **{f"{s}_{k}": a for s, pair in arrays.items() for k, a in zip(("images", "labels"), pair, strict=True)},
-        )
+#: What an unreachable or broken source raises; the next one is tried then.
+_FAILURES = (
+    ArqError,
+    ImportError,
+    KeyError,
+    OSError,  # URLError among them
+    RuntimeError,
+    StopIteration,
+    ValueError,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+)
 
 
 def _download() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -68,7 +70,7 @@ def _download() -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 arrays = source(Path(scratch))
                 _verify(arrays, source.__doc__)
                 return arrays
-            except (OSError, RuntimeError, subprocess.SubprocessError, urllib.error.URLError) as error:
+            except _FAILURES as error:
                 failures.append(f"{source.__doc__} ({' '.join(str(error).split())[:120]})")
     raise ArqError(
         f"CIFAR-10 is not in {cache_folder()} and could not be downloaded; tried {'; '.join(failures)}. "

@@ -7,8 +7,7 @@ seed gives the same bytes everywhere.
 
 import numpy as np
 
-from arq_env.datasets.cache import atomic_file, cache_folder
-from arq_env.errors import ArqError
+from arq_env.datasets.cache import cache_folder, read_arrays, write_arrays
 
 SIZES = {"train": 20_000, "test": 2_000}
 #: Change it with anything that changes a pixel: it names the cached file.
@@ -108,16 +107,8 @@ def load_arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     path = cache_folder() / f"signs-{VERSION}.npz"
     if not path.exists():
-        arrays = {}
-        for seed, (split, n) in enumerate(SIZES.items()):
-            arrays[f"{split}_images"], arrays[f"{split}_labels"] = render(n, seed)
-        with atomic_file(path) as file:
-            np.savez(file, **arrays)
-    try:
-        with np.load(path) as file:
-            return {split: (file[f"{split}_images"], file[f"{split}_labels"]) for split in SIZES}
-    except (OSError, ValueError, KeyError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): delete it and run again") from error
+        write_arrays(path, {split: render(n, seed) for seed, (split, n) in enumerate(SIZES.items())})
+    return read_arrays(path)
 
 
 def render(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

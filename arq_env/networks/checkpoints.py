@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from arq_env.datasets.cache import atomic_file, sha256
 from arq_env.errors import ArqError
+from arq_env.files import atomic_file, sha256
 from arq_env.networks.resnet import resnet20
 
 NETWORKS = {"resnet20": resnet20}

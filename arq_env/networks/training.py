@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from arq_env.datasets import Dataset
 from arq_env.datasets.augment import random_crop, to_float
-from arq_env.datasets.cache import atomic_file
 from arq_env.errors import ArqError
+from arq_env.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class Recipe:
     weight_decay: float = 2e-4
     seed: int = 0
     precision: str = "fp32"
+
+    def __post_init__(self):
+        for name in ("sigma", "epochs", "batch", "peak_rate"):
+            if not getattr(self, name) > 0:
+                raise ArqError(f"{name} is {getattr(self, name)}: give a positive number")
+        if self.seed < 0 or self.weight_decay < 0:
+            raise ArqError(f"seed {self.seed} and weight_decay {self.weight_decay} must not be negative")
 
 
 def train(
@@ -52,6 +59,8 @@ def train(
     :return: the records of all epochs
     :raises ArqError: when the folder holds another recipe's state
     """
+    if recipe.batch > len(dataset.train.images):
+        raise ArqError(f"batch is {recipe.batch}: there are {len(dataset.train.images)} training images")
     images = torch.as_tensor(dataset.train.images, device=device)
     labels = torch.as_tensor(dataset.train.labels, device=device)
     network.to(device, memory_format=torch.channels_last)
@@ -103,6 +112,7 @@ def noisy_accuracy(network, images, labels, *, sigma: float, seed: int = 0, batc
     :param images: uint8 [n, h, w, 3]
     """
     device = next(network.parameters()).device
+    was_training = network.training
     network.eval()
     generator = torch.Generator().manual_seed(seed)
     right = 0
@@ -110,6 +120,7 @@ def noisy_accuracy(network, images, labels, *, sigma: float, seed: int = 0, batc
         part = to_float(torch.as_tensor(images[start : start + batch]))
         part.add_(torch.randn(part.shape, generator=generator), alpha=sigma)
         right += int((network(part.to(device)).argmax(1).cpu() == torch.as_tensor(labels[start : start + batch])).sum())
+    network.train(was_training)
     return right / len(images)
 
 

@@ -41,7 +41,11 @@ def test_help(name):
         (["--sigma", "7"], ["resnet20-signs-sigma0.5-gaussian"]),
         (["--budget", "2"], ["fraction"]),
         (["--budget", "0.001"], ["least reachable is 0.004"]),
-        (["--episodes", "0"], ["at least 1"]),
+        (["--episodes", "0"], ["whole number from 1"]),
+        (["--seed", "-1"], ["whole number from 0"]),
+        (["--test-n", "0"], ["whole number from 1"]),
+        (["--env", "CartPole-v1"], ["ARQ-ResNet20-v0"]),
+        (["--budget", "much"], ["--budget"]),
         (["--device", "abacus"], ["cpu or cuda"]),
     ],
 )
@@ -64,6 +68,11 @@ def test_malformed_map(tmp_path):
     (tmp_path / "bit_widths.json").write_text("{}")
     assert_one_line_error(script("certify_map", tmp_path), "bit-width map")
     assert_one_line_error(script("certify_map", tmp_path / "none.json"), "cannot be read")
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--sigma", "-1"], ["--device", "abacus"], ["--batch", "1000000"]])
+def test_pretraining_mistakes(tmp_path, arguments):
+    assert_one_line_error(script("pretrain", "--dataset", "signs", *arguments, "--output", tmp_path / "run"))
 
 
 SHORT = ["--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "10", "--test-n", "50"]

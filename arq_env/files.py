@@ -1,0 +1,47 @@
+"""Files that are either whole or not there."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from arq_env.errors import ArqError
+
+#: A partial file older than this was left by a killed process, in seconds.
+STALE = 3_600
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path):
+    """Yield a binary file that becomes ``path`` when the block ends, and leaves nothing when it fails.
+
+    What a SIGKILL leaves, a hidden ``.part`` file, is removed by the next write to the same path an hour later or more.
+
+    :raises ArqError: when the folder cannot be written (no space, no permission).
+    """
+    path, partial = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.part"):
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink(missing_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
+            partial = Path(file.name)
+            yield file.file
+        partial.chmod(0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ArqError(
+            f"cannot write {path} ({error.strerror or error}): free some space there, or choose another folder "
+            "(ARQ_DATA for data sets, --output for runs)"
+        ) from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def sha256(data) -> str:
+    """SHA-256 of a buffer (bytes or a C-contiguous array), as hex."""
+    return hashlib.sha256(data).hexdigest()
