@@ -46,9 +46,7 @@ def main(algorithm: str) -> None:
         config={"env": options.env, "device": options.device},
     )
     base = env.unwrapped
-    print(
-        f"\nbest of {options.episodes} episodes: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n"
-    )
+    print(f"\nexported: episode {best.episode} of {options.episodes}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
     print(layer_table(base.layers, best.bit_widths))
     if options.test_images:
         _certify(base, best, folder, options)

@@ -8,14 +8,19 @@ from pathlib import Path
 
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
+from tqdm import tqdm
 
 from agents.algorithms import DecayingNoise, build_agent, hyperparameters
 from agents.callbacks import SearchRecorder
-from agents.trace import Episode, best_episode, read_trace
+from agents.trace import Episode, read_trace
 from arq_env.bitwidths import save_map
 from arq_env.errors import ArqError
+from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file
 from arq_env.provenance import provenance
+
+#: Maps with the highest rewards that are judged again, on other images.
+CANDIDATES = 10
 
 
 def search(
@@ -29,7 +34,7 @@ def search(
     progress: bool = True,
     config: dict | None = None,
 ) -> Episode:
-    """Let an agent search; return its best episode.
+    """Let an agent search; return the episode whose map is exported (see :func:`confirm`).
 
     The run folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/``, ``agent.zip`` and ``bit_widths.json``. A
     second call with the same configuration resumes: the agent learns again from the first episode, the same way since all
@@ -63,15 +68,32 @@ def search(
         agent.learn(episodes * horizon, callback=recorder, log_interval=1)
     agent.logger.close()
 
-    best = best_episode(recorder.done)
+    best, confirmed = confirm(recorder.done, evaluator, progress=progress)
     with atomic_file(folder / "agent.zip") as file:
         agent.save(file)
-    save_run_map(folder, env, best)
+    save_run_map(folder, env, best, confirmed)
     return best
 
 
-def save_run_map(folder: Path, env, best: Episode) -> None:
-    """Write the best map of a run as ``bit_widths.json``."""
+def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = True) -> tuple[Episode, dict]:
+    """Choose among the ten maps with the highest rewards, on images that the search did not use.
+
+    :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those images
+    """
+    best_first = sorted(episodes, key=lambda episode: -episode.reward)
+    candidates = list({tuple(episode.bit_widths.items()): episode for episode in reversed(best_first)}.values())[::-1][:CANDIDATES]
+    judge = evaluator.second_opinion()
+    if judge is None:
+        return candidates[0], {}
+    bar = tqdm(candidates, desc="confirming", unit="map", disable=not progress)
+    judged = {episode.episode: judge.evaluate(episode.bit_widths) for episode in bar}
+    best = max(candidates, key=lambda episode: judged[episode.episode].acr)
+    settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n")}
+    return best, {"confirmed_acr": judged[best.episode].acr, "confirmed_reference_acr": judge.reference.acr, **settings}
+
+
+def save_run_map(folder: Path, env, best: Episode, confirmed: dict) -> None:
+    """Write the chosen map of a run as ``bit_widths.json``."""
     problem = env.get_wrapper_attr("problem")
     metrics = {
         key: getattr(best, key) for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")

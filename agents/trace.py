@@ -70,8 +70,3 @@ def read_trace(path: Path) -> list[Episode]:
                 f"{path} line {number} is not an episode ({error}): delete the run folder or choose another --output"
             ) from error
     return episodes
-
-
-def best_episode(episodes: list[Episode]) -> Episode:
-    """The episode with the highest reward, the first of equals."""
-    return max(episodes, key=lambda episode: episode.reward)

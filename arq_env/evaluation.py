@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
@@ -25,7 +25,8 @@ class CertifierSettings:
     For as many forward passes, many images with few samples rank maps better than few images with many, and a ranking
     needs no small alpha. These radii are for comparing maps; figures to quote are certified with more samples.
 
-    :param images: images of the reward split
+    :param images: number of images of the reward split
+    :param first: index of the first of them
     :param n0: noise samples that select an image's class
     :param n: fresh noise samples that count it
     :param alpha: error probability of each radius
@@ -37,9 +38,10 @@ class CertifierSettings:
     n: int = 8
     alpha: float = 0.3
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self):
-        for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0)):
+        for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0), ("first", 0)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
         if not 0 < self.alpha < 1:
@@ -109,6 +111,21 @@ class Evaluator:
         """Take over an evaluation made earlier under the same settings, such as one from a trace."""
         self._known[tuple(bit_widths.items())] = evaluation
 
+    def second_opinion(self) -> "Evaluator | None":
+        """An evaluator on twice as many other images of the reward split, with four times the noise samples.
+
+        The best of many maps is in part the luckiest on the images it was chosen by; on fresh images luck does not
+        count. None when the reward split has no further images.
+        """
+        s = self.settings
+        start = s.first + s.images
+        left = len(self.problem.dataset.reward.images) - start
+        if left < 1:
+            return None
+        other = Evaluator(self.problem, replace(s, images=min(2 * s.images, left), n=4 * s.n, first=start))
+        other.quantizer = self.quantizer  # the same calibration
+        return other
+
     def _evaluate(self, build) -> Evaluation:
         images, labels = self._reward_images
         start = time.perf_counter()
@@ -122,7 +139,7 @@ class Evaluator:
 
     @cached_property
     def _reward_images(self):
-        return self.problem.reward_images(self.settings.images)
+        return self.problem.reward_images(self.settings.images, self.settings.first)
 
     def _certify(self, network: nn.Module, images, labels) -> Certificates:
         s = self.settings

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from arq_env.datasets import Dataset, load_dataset
+from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import random_crop, to_float
 from arq_env.errors import ArqError
 from arq_env.layers import Layer, find_layers
@@ -78,18 +78,20 @@ class Problem:
         noisy += self.sigma * torch.randn(noisy.shape, generator=generator)
         return noisy.to(self.device)
 
-    def reward_images(self, count: int) -> tuple[torch.Tensor, np.ndarray]:
-        """The first ``count`` images of the reward split: float32 [n, c, h, w] in [0, 1], and labels [n]."""
-        return self._images(self.dataset.reward, slice(count))
+    def reward_images(self, count: int, first: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """``count`` images of the reward split from index ``first``: float32 [n, c, h, w] in [0, 1], and labels [n]."""
+        there = len(self.dataset.reward.images)
+        if not 1 <= count <= there - first:
+            raise ArqError(f"{count} reward images from index {first} were asked for: there are {there}")
+        return _as_pixels(self.dataset.reward, slice(first, first + count))
 
     def test_images(self, every: int = 20) -> tuple[torch.Tensor, np.ndarray]:
         """Every ``every``-th test image, for final certificates only."""
-        return self._images(self.dataset.test, slice(None, None, every))
+        return _as_pixels(self.dataset.test, slice(None, None, every))
 
-    def _images(self, split, chosen):
-        if chosen.stop is not None and not 1 <= chosen.stop <= len(split.images):
-            raise ArqError(f"{chosen.stop} reward images were asked for: give a number from 1 to {len(split.images)}")
-        return to_float(torch.as_tensor(split.images[chosen])), split.labels[chosen]
+
+def _as_pixels(split: Split, chosen: slice) -> tuple[torch.Tensor, np.ndarray]:
+    return to_float(torch.as_tensor(split.images[chosen])), split.labels[chosen]
 
 
 def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: str = "gaussian", device: str = "cpu") -> Problem:
