@@ -17,6 +17,8 @@ from arq_env.report import comparison_table, layer_table
 
 #: The uniform network that every found map is compared with.
 UNIFORM_BITS = 4
+#: Episodes of a search by default: on CIFAR-10, and for a first result within minutes on the embedded data.
+EPISODES, SIGNS_EPISODES = 150, 60
 
 
 def main(algorithm: str) -> None:
@@ -34,7 +36,9 @@ def main(algorithm: str) -> None:
         env = gymnasium.make(
             options.env, budget=options.budget, sigma=options.sigma, device=options.device, disable_env_checker=True
         )
-    except TypeError as error:  # an environment that has no budget
+    except TypeError as error:  # an environment that takes no budget
+        if "keyword argument" not in str(error):
+            raise
         raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
     print(f"{name} on {options.env}: {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})")
     best = search(
@@ -55,7 +59,11 @@ def main(algorithm: str) -> None:
 def _parse(algorithm: str, description: str):
     parser = command_line.parser(description)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
-    parser.add_argument("--episodes", type=command_line.whole(1), default=150, help="maps to try, the first 20 at random")
+    parser.add_argument(
+        "--episodes",
+        type=command_line.whole(1),
+        help=f"maps to try, the first 20 at random (default: {EPISODES}, or {SIGNS_EPISODES} on ARQ-ResNet20-Signs-v0)",
+    )
     parser.add_argument("--budget", type=float, default=1 / 64, help="bit operations, as a fraction of FP32's")
     parser.add_argument(
         "--sigma",
@@ -73,7 +81,10 @@ def _parse(algorithm: str, description: str):
         help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
     parser.add_argument("--test-n", type=command_line.whole(1), default=500, help="noise samples counted for each of them")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.episodes is None:
+        options.episodes = SIGNS_EPISODES if options.env == "ARQ-ResNet20-Signs-v0" else EPISODES
+    return options
 
 
 def _certify(env, best, folder: Path, options) -> None:

@@ -20,7 +20,7 @@ from arq_env.files import atomic_file
 from arq_env.provenance import provenance
 
 #: Maps with the highest rewards that are judged again, on other images.
-CANDIDATES = 10
+CANDIDATES = 5
 
 
 def search(
@@ -76,7 +76,7 @@ def search(
 
 
 def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = True) -> tuple[Episode, dict]:
-    """Choose among the ten maps with the highest rewards, on images that the search did not use.
+    """Choose among the five maps with the highest rewards, on images that the search did not use.
 
     :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those images
     """

@@ -9,6 +9,12 @@ import gymnasium
 from arq_env.errors import ArqError
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        """Show a default only where there is one."""
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         """One line, as for every other mistake."""
@@ -17,7 +23,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring and every default."""
-    return _OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return _OneLineParser(description=description, formatter_class=_Defaults, allow_abbrev=False)
 
 
 def whole(least: int, most: int = 2**32 - 1):

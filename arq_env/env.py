@@ -14,8 +14,9 @@ from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
 from arq_env.render import render_ansi, render_rgb
 
-#: Bits that an action of 1 adds to an even share.
-REACH = 2
+#: Bits that an action of 1 adds to an even share. What a layer saves raises the even share of all later ones, so that
+#: unequal maps stay within reach, while random actions stay where good maps are.
+REACH = 1
 #: Reward per unit of relative ACR: losing all of FP32's ACR gives -10.
 REWARD_SCALE = 10.0
 
@@ -49,7 +50,7 @@ class ArqEnv(gymnasium.Env):
 
     ## Action Space
     `Box(-1, 1, (2,), float32)`: weight and activation bits of this layer, relative to what the rest of the budget
-    affords. 0 is an even share, the bits that all remaining layers could have alike; -1 and 1 are 2 bits fewer and
+    affords. 0 is an even share, the bits that all remaining layers could have alike; -1 and 1 are 1 bit fewer and
     more. The result is rounded, clipped to 2..8, and lowered until all later layers can still have 2/2, so that every map
     that leaves the environment is within its budget.
 

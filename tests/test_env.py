@@ -176,7 +176,7 @@ def test_actions_beyond_the_bounds_are_clipped(toy_env):
 def test_a_large_budget_leaves_a_choice():
     env = make_toy_env(budget=1.0)
     assert play(env, (0, 0))[1]["bit_widths"]["middle"] == (8, 8)
-    assert play(env, (-1, -1))[1]["bit_widths"]["middle"] == (6, 6)
+    assert play(env, (-1, -1))[1]["bit_widths"]["middle"] == (7, 7)
 
 
 def test_end_bits():
