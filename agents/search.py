@@ -106,7 +106,7 @@ def save_run_map(folder: Path, env, best: Episode, confirmed: dict) -> None:
         dataset=problem.card.get("dataset"),
         sigma=problem.sigma,
         budget=env.get_wrapper_attr("default_budget").fraction,
-        metrics=metrics,
+        metrics=metrics | confirmed,
         provenance=provenance()
         | {
             "checkpoint": problem.card.get("digest"),

@@ -38,6 +38,7 @@ def test_run_folder(tmp_path, algorithm):
     assert best.reward >= sorted(e.reward for e in episodes)[-CANDIDATES]
     bit_widths, document = load_map(tmp_path / "bit_widths.json", env.layers)
     assert bit_widths == best.bit_widths and document["metrics"]["reward"] == best.reward
+    assert document["metrics"]["confirmed_acr"] > 0 and document["metrics"]["confirmed_images"] == 32
     assert document["provenance"]["versions"]["torch"]
     assert json.loads((tmp_path / "config.json").read_text())["hyperparameters"]["gamma"] == 1.0
     assert len({e.reward for e in episodes}) > 3 and all(e.bops_fraction <= 0.03 for e in episodes)
