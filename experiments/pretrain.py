@@ -13,7 +13,7 @@ from tqdm import tqdm
 from arq_env import command_line
 from arq_env.datasets import load_dataset
 from arq_env.networks.checkpoints import Checkpoint, build_network, save_checkpoint
-from arq_env.networks.training import Recipe, noisy_accuracy, train
+from arq_env.networks.training import Recipe, batches_per_epoch, noisy_accuracy, train
 from arq_env.problem import check_device
 from arq_env.provenance import provenance
 
@@ -55,11 +55,11 @@ def main():
     folder = options.output / checkpoint.name
     check_device(options.device)
     dataset = load_dataset(options.dataset)
+    batches = batches_per_epoch(dataset, recipe)
     torch.manual_seed(options.seed)
     network = build_network(options.network)
 
     writer = SummaryWriter(folder / "tensorboard")
-    batches = len(dataset.train.images) // recipe.batch
     with tqdm(total=recipe.epochs * batches, unit="batch", mininterval=1.0) as bar:
 
         def on_epoch(record):

@@ -139,6 +139,7 @@ def test_second_source_is_tried_and_kept(tiny_cifar10, empty_cache, monkeypatch)
 def test_other_pixels_are_refused(tiny_cifar10, empty_cache, monkeypatch):
     wrong = {split: (images ^ 1, labels) for split, (images, labels) in tiny_cifar10.items()}
     monkeypatch.setattr(cifar10, "_from_torchvision", fake_source("torchvision's source", arrays=wrong))
+    monkeypatch.setattr(cifar10, "_from_npm", fake_source("the npm package", arrays=wrong))
     with pytest.raises(ArqError, match="SHA-256"):
         cifar10.load_arrays()
     assert not empty_cache.exists()

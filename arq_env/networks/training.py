@@ -59,12 +59,10 @@ def train(
     :return: the records of all epochs
     :raises ArqError: when the folder holds another recipe's state
     """
-    if recipe.batch > len(dataset.train.images):
-        raise ArqError(f"batch is {recipe.batch}: there are {len(dataset.train.images)} training images")
+    steps = batches_per_epoch(dataset, recipe)
     images = torch.as_tensor(dataset.train.images, device=device)
     labels = torch.as_tensor(dataset.train.labels, device=device)
     network.to(device, memory_format=torch.channels_last)
-    steps = len(images) // recipe.batch
     optimizer = torch.optim.SGD(
         network.parameters(), recipe.peak_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
     )
@@ -103,6 +101,17 @@ def train(
         _save(folder, recipe, network, optimizer, schedule, history)
         on_epoch(record)
     return history
+
+
+def batches_per_epoch(dataset: Dataset, recipe: Recipe) -> int:
+    """Full batches in the training images.
+
+    :raises ArqError: when there is not even one
+    """
+    there = len(dataset.train.images)
+    if recipe.batch > there:
+        raise ArqError(f"batch is {recipe.batch}: there are {there} training images")
+    return there // recipe.batch
 
 
 @torch.inference_mode()
