@@ -22,11 +22,16 @@ FP32 = "FP32"
 
 @dataclass(frozen=True)
 class TestSettings:
-    """A certificate for reporting: every ``every``-th test image, Cohen's certifier at its published alpha."""
+    """A certificate for reporting: Cohen's certifier at its published alpha.
+
+    :param every: take every so many-th test image
+    :param offset: index of the first of them
+    """
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
     every: int = 20
+    offset: int = 0
     n0: int = 100
     n: int = 1_000
     alpha: float = 0.001
@@ -90,7 +95,7 @@ def compare_maps(
     :param progress: called with a name and its number of chunks, returns what wraps the iterable of chunks
     """
     problem = evaluator.problem
-    images, labels = problem.test_images(settings.every)
+    images, labels = problem.test_images(settings.every, settings.offset)
     data = [sha256(np.ascontiguousarray(array)) for array in (images, labels)]
     for bit_widths in maps.values():
         check_map(bit_widths, problem.layers)

@@ -85,9 +85,12 @@ class Problem:
             raise ArqError(f"{count} reward images from index {first} were asked for: there are {there}")
         return _as_pixels(self.dataset.reward, slice(first, first + count))
 
-    def test_images(self, every: int = 20) -> tuple[torch.Tensor, np.ndarray]:
-        """Every ``every``-th test image, for final certificates only."""
-        return _as_pixels(self.dataset.test, slice(None, None, every))
+    def test_images(self, every: int = 20, offset: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Every ``every``-th test image from index ``offset``, for final certificates only."""
+        there = len(self.dataset.test.images)
+        if not 0 <= offset < there:
+            raise ArqError(f"test images from index {offset} were asked for: there are {there}")
+        return _as_pixels(self.dataset.test, slice(offset, None, every))
 
 
 def _as_pixels(split: Split, chosen: slice) -> tuple[torch.Tensor, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Measure where one evaluation's time goes: quantize, re-estimate BatchNorm, certify, and the share inside forward passes."""
+"""Measure where the time of one evaluation goes, its share inside forward passes, and how long a step takes."""
 
 import json
 import statistics
@@ -36,6 +36,19 @@ def timed(owner, name: str, seconds: list):
         setattr(owner, name, original)
 
 
+def step_seconds(env, episodes: int = 20) -> float:
+    """Median duration of a step that is not the last."""
+    seconds = []
+    for _ in range(episodes):
+        env.reset()
+        for _ in env.free_layers[:-1]:
+            action = env.action_space.sample()
+            start = time.perf_counter()
+            env.step(action)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main():
     parser = command_line.parser(__doc__)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
@@ -69,11 +82,14 @@ def main():
     median["forward_share"] = median["forward"] / median["evaluation"]
     for key, value in median.items():
         print(f"{key:<26}{value:8.3f}")
+    microseconds = 1e6 * step_seconds(env)
+    print(f"{'step, not the last (us)':<26}{microseconds:8.1f}")
     document = {
         "env": options.env,
         "settings": vars(evaluator.settings),
         "seconds_once": once,
         "median_seconds": median,
+        "median_step_microseconds": microseconds,
         "repeats": options.repeats,
         "threads": torch.get_num_threads(),
         "provenance": provenance(),

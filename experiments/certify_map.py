@@ -30,6 +30,7 @@ def parse():
         help="uniform maps to compare with, the first as the base",
     )
     parser.add_argument("--every", type=command_line.whole(1), default=TestSettings.every, help="take every so many-th test image")
+    parser.add_argument("--offset", type=command_line.whole(0), default=TestSettings.offset, help="index of the first of them")
     parser.add_argument("--n0", type=command_line.whole(1), default=TestSettings.n0, help="noise samples that select a class")
     parser.add_argument("--n", type=command_line.whole(1), default=TestSettings.n, help="noise samples that count it")
     parser.add_argument("--alpha", type=float, default=TestSettings.alpha, help="error probability of each certificate")
@@ -58,7 +59,9 @@ def main():
         )
     found, _ = load_map(path, problem.layers)
     maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
-    settings = TestSettings(every=options.every, n0=options.n0, n=options.n, alpha=options.alpha, seed=options.seed)
+    settings = TestSettings(
+        every=options.every, offset=options.offset, n0=options.n0, n=options.n, alpha=options.alpha, seed=options.seed
+    )
     evaluator = Evaluator(problem, certifier)
     print(layer_table(problem.layers, found), end="\n\n")
     comparison = compare_maps(
@@ -69,7 +72,7 @@ def main():
         progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks),
     )
     print(comparison_table(comparison))
-    output = options.output or path.parent / f"{path.stem}-every{options.every}-n{options.n}.json"
+    output = options.output or path.parent / f"{path.stem}-every{options.every}-offset{options.offset}-n{options.n}.json"
     with atomic_file(output) as file:
         file.write((json.dumps(comparison.document(evaluator), indent=2) + "\n").encode())
     print(output)

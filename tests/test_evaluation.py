@@ -21,6 +21,10 @@ def test_each_number_comes_from_its_own_split(problem):
     test, _ = problem.test_images(every=2)
     torch.testing.assert_close(reward[3], torch.as_tensor(data.reward.images[3]).permute(2, 0, 1) / 255)
     torch.testing.assert_close(test[3], torch.as_tensor(data.test.images[6]).permute(2, 0, 1) / 255)
+    other, labels = problem.test_images(every=2, offset=1)
+    assert labels.tolist() == data.test.labels[1::2].tolist() and not torch.equal(other, test)
+    with pytest.raises(ArqError, match="there are 40"):
+        problem.test_images(offset=40)
     blind = Evaluator(toy_problem(load=lambda: dataclasses.replace(data, test=None)), SMALL)
     blind.evaluate(uniform(problem.layers, 4, 4))
     assert blind.reference.acr > 0
