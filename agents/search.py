@@ -80,8 +80,10 @@ def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = T
 
     :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those images
     """
-    best_first = sorted(episodes, key=lambda episode: -episode.reward)
-    candidates = list({tuple(episode.bit_widths.items()): episode for episode in reversed(best_first)}.values())[::-1][:CANDIDATES]
+    distinct: dict[tuple, Episode] = {}
+    for episode in sorted(episodes, key=lambda episode: -episode.reward):
+        distinct.setdefault(tuple(episode.bit_widths.items()), episode)
+    candidates = list(distinct.values())[:CANDIDATES]
     judge = evaluator.second_opinion()
     if judge is None:
         return candidates[0], {}
