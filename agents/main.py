@@ -1,6 +1,5 @@
 """The command behind ``experiments/train_*.py``: search, export the best map, certify it beside FP32 and uniform 4 bits."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from agents.search import search
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
-from arq_env.files import atomic_file
+from arq_env.files import write_json
 from arq_env.registration import ENVIRONMENTS
 from arq_env.report import comparison_table, layer_table
 
@@ -104,5 +103,4 @@ def _certify(env, best, folder: Path, options) -> None:
         progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks, leave=False),
     )
     print(comparison_table(comparison))
-    with atomic_file(folder / "certificates.json") as file:
-        file.write((json.dumps(comparison.document(env.evaluator), indent=2) + "\n").encode())
+    write_json(folder / "certificates.json", comparison.document(env.evaluator))

@@ -16,7 +16,7 @@ from agents.trace import Episode, read_trace
 from arq_env.bitwidths import save_map
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
-from arq_env.files import atomic_file
+from arq_env.files import atomic_file, write_json
 from arq_env.provenance import provenance
 
 #: Maps with the highest rewards that are judged again, on other images.
@@ -140,8 +140,7 @@ def _open_folder(folder: Path, algorithm: str, env, seed: int, config: dict) -> 
     if not path.exists():
         if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
             raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
-        with atomic_file(path) as file:
-            file.write((json.dumps(config | {"provenance": provenance()}, indent=2) + "\n").encode())
+        write_json(path, config | {"provenance": provenance()})
         return []
     try:
         found = json.loads(path.read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arq_env.errors import ArqError
-from arq_env.files import atomic_file
+from arq_env.files import write_json
 from arq_env.layers import Layer
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -79,8 +79,7 @@ def save_map(path: Path, bit_widths: BitWidthMap, layers: tuple[Layer, ...], **h
     header = {"format": FORMAT, "version": VERSION} | header
     extra = {key: header.pop(key) for key in ("metrics", "provenance") if key in header}
     document = header | {"bops_fraction": bops_fraction(bit_widths, layers), "layers": entries} | extra
-    with atomic_file(path) as file:
-        file.write((json.dumps(document, indent=2) + "\n").encode())
+    write_json(path, document)
 
 
 def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:

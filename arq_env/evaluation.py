@@ -5,10 +5,8 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import nn
-
 from arq_env.bitwidths import BitWidthMap
-from arq_env.certification import Certificates, certify
+from arq_env.certification import certify
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import Problem
@@ -128,22 +126,19 @@ class Evaluator:
 
     def _evaluate(self, build) -> Evaluation:
         images, labels = self._reward_images
+        s, sigma = self.settings, self.problem.sigma
         start = time.perf_counter()
-        certificates = self._certify(build(), images, labels)
+        certificates = certify(build(), images, labels, sigma=sigma, n0=s.n0, n=s.n, alpha=s.alpha, seed=s.seed)
         return Evaluation(
             acr=certificates.acr,
             clean_accuracy=certificates.clean_accuracy,
-            certified_accuracy=certificates.certified_accuracy(self.problem.sigma / 2),
+            certified_accuracy=certificates.certified_accuracy(sigma / 2),
             seconds=time.perf_counter() - start,
         )
 
     @cached_property
     def _reward_images(self):
         return self.problem.reward_images(self.settings.images, self.settings.first)
-
-    def _certify(self, network: nn.Module, images, labels) -> Certificates:
-        s = self.settings
-        return certify(network, images, labels, sigma=self.problem.sigma, n0=s.n0, n=s.n, alpha=s.alpha, seed=s.seed)
 
 
 def warn_if_noise_is_new(problem: Problem, count: int = 256) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -40,6 +41,12 @@ def atomic_file(path: Path):
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Write ``document`` as indented JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(document, indent=2) + "\n").encode())
 
 
 def sha256(data) -> str:

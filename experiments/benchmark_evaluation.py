@@ -1,6 +1,5 @@
 """Measure where the time of one evaluation goes, its share inside forward passes, and how long a step takes."""
 
-import json
 import statistics
 import time
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from tqdm import tqdm
 import arq_env  # noqa: F401  (registers the ids)
 from arq_env import command_line
 from arq_env.bitwidths import uniform
-from arq_env.files import atomic_file
+from arq_env.files import write_json
 from arq_env.provenance import provenance
 
 
@@ -94,8 +93,7 @@ def main():
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
     }
-    with atomic_file(options.output) as file:
-        file.write((json.dumps(document, indent=2) + "\n").encode())
+    write_json(options.output, document)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from arq_env import ArqError, command_line
 from arq_env.bitwidths import load_map, uniform
 from arq_env.comparison import TestSettings, compare_maps
 from arq_env.evaluation import CertifierSettings, Evaluator
-from arq_env.files import atomic_file
+from arq_env.files import write_json
 from arq_env.problem import load_problem
 from arq_env.report import comparison_table, layer_table
 
@@ -36,7 +36,9 @@ def parse():
     parser.add_argument("--alpha", type=float, default=TestSettings.alpha, help="error probability of each certificate")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: beside the map, named by every and n)")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file for the figures (default: beside the map, named by every, offset and n)"
+    )
     return parser.parse_args()
 
 
@@ -73,8 +75,7 @@ def main():
     )
     print(comparison_table(comparison))
     output = options.output or path.parent / f"{path.stem}-every{options.every}-offset{options.offset}-n{options.n}.json"
-    with atomic_file(output) as file:
-        file.write((json.dumps(comparison.document(evaluator), indent=2) + "\n").encode())
+    write_json(output, comparison.document(evaluator))
     print(output)
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from arq_env.errors import ArqError
-from arq_env.files import atomic_file, sha256
+from arq_env.files import atomic_file, sha256, write_json
 from arq_env.networks.resnet import resnet20
 
 NETWORKS = {"resnet20": resnet20}
@@ -49,8 +49,7 @@ def save_checkpoint(network: torch.nn.Module, path: Path, card: dict) -> dict:
     card = card | {"digest": sha256(data)}
     with atomic_file(path) as file:
         file.write(data)
-    with atomic_file(path.with_suffix(".json")) as file:
-        file.write((json.dumps(card, indent=2) + "\n").encode())
+    write_json(path.with_suffix(".json"), card)
     return card
 
 
