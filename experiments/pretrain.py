@@ -1,4 +1,4 @@
-"""Train a network under Gaussian noise and write its checkpoint: weights and card.
+"""Train a network under Gaussian noise, with or without consistency regularisation, and write its checkpoint: weights and card.
 
 Stop it at any time; the same command goes on after the last finished epoch.
 """
@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from arq_env import command_line
 from arq_env.datasets import load_dataset
-from arq_env.networks.checkpoints import Checkpoint, build_network, save_checkpoint
-from arq_env.networks.training import Recipe, batches_per_epoch, noisy_accuracy, train
+from arq_env.networks.checkpoints import SHIPPED, Checkpoint, build_network, load_weights, save_checkpoint
+from arq_env.networks.training import Recipe, batches_per_epoch, noisy_accuracy, train, training_method
 from arq_env.problem import check_device
 from arq_env.provenance import provenance
 
@@ -23,6 +23,14 @@ def parse():
     parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs")
     parser.add_argument("--network", default="resnet20", help="the network's name")
     parser.add_argument("--sigma", type=float, default=Recipe.sigma, help="standard deviation of the noise, pixels in [0, 1]")
+    parser.add_argument(
+        "--training", default="gaussian", choices=("gaussian", "consistency"), help="method, which becomes part of the name"
+    )
+    parser.add_argument(
+        "--start",
+        metavar="NAME",
+        help="start from these weights: a shipped checkpoint, such as resnet20-cifar10-sigma0.5-gaussian, or a .safetensors file",
+    )
     parser.add_argument("--epochs", type=command_line.whole(1), default=Recipe.epochs, help="passes over the training images")
     parser.add_argument("--batch", type=command_line.whole(1), default=Recipe.batch, help="images a step")
     parser.add_argument("--peak-rate", type=float, default=Recipe.peak_rate, help="highest learning rate of the cycle")
@@ -49,15 +57,19 @@ def parse():
 
 def main():
     options = parse()
+    torch.manual_seed(options.seed)
+    network, start = build_network(options.network), ""
+    if options.start:
+        path = Path(options.start) if options.start.endswith(".safetensors") else SHIPPED / f"{options.start}.safetensors"
+        start = load_weights(network, path)["digest"]
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    recipe = Recipe(**{name: value for name, value in vars(options).items() if name in fields})
-    checkpoint = Checkpoint(options.network, options.dataset, options.sigma)
+    chosen = {name: value for name, value in vars(options).items() if name in fields and name != "start"}
+    recipe = Recipe(**chosen, **training_method(options.training, options.sigma), start=start)
+    checkpoint = Checkpoint(options.network, options.dataset, options.sigma, options.training)
     folder = options.output / checkpoint.name
     check_device(options.device)
     dataset = load_dataset(options.dataset)
     batches = batches_per_epoch(dataset, recipe)
-    torch.manual_seed(options.seed)
-    network = build_network(options.network)
 
     writer = SummaryWriter(folder / "tensorboard")
     with tqdm(total=recipe.epochs * batches, unit="batch", mininterval=1.0) as bar:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from arq_env.datasets.augment import random_crop, to_float
 from arq_env.networks import checkpoints
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from arq_env.networks.resnet import resnet20
-from arq_env.networks.training import Recipe, noisy_accuracy, train
+from arq_env.networks.training import Recipe, noisy_accuracy, smoothing_loss, train, training_method
 from tests.toy import ToyNet, toy_dataset, toy_network
 
 RECIPE = Recipe(epochs=3, batch=50, peak_rate=0.1)
@@ -20,27 +21,61 @@ def fresh():
     return ToyNet()
 
 
-def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, replace(RECIPE, **training_method("consistency", 0.5))], ids=["gaussian", "consistency"]
+)
+def test_a_killed_training_resumes_to_the_same_weights(recipe, tmp_path):
     whole, cut = fresh(), fresh()
-    train(whole, toy_dataset(), RECIPE, tmp_path / "whole")
+    train(whole, toy_dataset(), recipe, tmp_path / "whole")
 
     class Killed(Exception):
         pass
 
     batches = []
 
-    def dying():
-        batches.append(1)
-        if len(batches) == 40:  # in the middle of the second epoch
+    def dying(count):
+        batches.append(count)
+        if sum(batches) == 40:  # in the middle of the second epoch
             raise Killed
 
     with pytest.raises(Killed):
-        train(cut, toy_dataset(), RECIPE, tmp_path / "cut", on_batch=dying)
-    resumed = ToyNet()
-    history = train(resumed, toy_dataset(), RECIPE, tmp_path / "cut")
+        train(cut, toy_dataset(), recipe, tmp_path / "cut", on_batch=dying)
+    resumed, seen = ToyNet(), []
+    history = train(resumed, toy_dataset(), recipe, tmp_path / "cut", on_batch=seen.append)
+    assert seen[:2] == [26, 1] and sum(seen) == 78  # a progress bar starts at the first epoch's end
     assert [record["epoch"] for record in history] == [1, 2, 3]
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_loss_is_the_published_one():
+    """Cross-entropy over all copies, lambda times the mean KL(p || p_i), eta times the entropy of p, the copies' mean."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3 * 4, 5), torch.tensor([0, 4, 2, 2])
+    p_i = logits.softmax(1).view(3, 4, 5)
+    p = p_i.mean(0)
+    cross_entropy = -torch.stack([p_i[i, j, labels[j]].log() for i in range(3) for j in range(4)]).mean()
+    divergence = torch.stack([(p * (p / p_i[i]).log()).sum(1) for i in range(3)]).mean()
+    entropy = -(p * p.log()).sum(1).mean()
+    got = smoothing_loss(logits, labels, noises=3, consistency=10.0, entropy=0.5)
+    torch.testing.assert_close(got, cross_entropy + 10 * divergence + 0.5 * entropy)
+    torch.testing.assert_close(smoothing_loss(logits, labels, noises=3), cross_entropy)
+    same = smoothing_loss(logits[:4].repeat(2, 1), labels, noises=2, consistency=1e3)
+    torch.testing.assert_close(same, torch.nn.functional.cross_entropy(logits[:4], labels))
+    assert smoothing_loss(logits[:4] * 1e4, labels[:4], consistency=1.0, entropy=1.0).isfinite()
+
+
+def test_training_methods():
+    assert training_method("gaussian", 0.5) == {"noises": 1, "consistency": 0.0, "entropy": 0.0}
+    assert [training_method("consistency", sigma)["consistency"] for sigma in (0.25, 0.5, 1.0)] == [20, 10, 10]
+    with pytest.raises(ArqError, match="gaussian or consistency"):
+        training_method("magic", 0.5)
+
+
+@pytest.mark.parametrize("change", [{"noises": 0}, {"consistency": -1.0}, {"entropy": float("nan")}])
+def test_recipe_out_of_range(change):
+    with pytest.raises(ArqError, match=next(iter(change))):
+        Recipe(**change)
 
 
 def test_training_teaches_noise():

@@ -33,6 +33,13 @@ class Checkpoint:
         return Path(folder) / f"{self.name}.safetensors"
 
 
+def shipped(folder: Path = SHIPPED) -> list[Checkpoint]:
+    """The checkpoints in a folder, by data set, sigma and training."""
+    cards = (json.loads(path.with_suffix(".json").read_text()) for path in Path(folder).glob("*.safetensors"))
+    checkpoints = [Checkpoint(card["network"], card["dataset"], card["sigma"], card["training"]) for card in cards]
+    return sorted(checkpoints, key=lambda c: (c.dataset, c.sigma, c.training == "consistency"))
+
+
 def build_network(name: str) -> torch.nn.Module:
     """An untrained network, with initial weights from torch's global generator.
 
@@ -58,15 +65,22 @@ def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[tor
 
     :raises ArqError: when there is no such checkpoint, or its bytes are not those the card was written for
     """
-    path = checkpoint.path(folder)
     with torch.device("meta"):  # no initial weights, which would advance the global generator
         network = build_network(checkpoint.network)
+    card = load_weights(network, checkpoint.path(folder))
+    return network.eval().to(memory_format=torch.channels_last), card
+
+
+def load_weights(network: torch.nn.Module, path: Path) -> dict:
+    """Give ``network`` the weights in ``path`` and return their card.
+
+    :raises ArqError: when there is no such file, it is not what its card was written for, or is another network's
+    """
     card_path = path.with_suffix(".json")
     if not path.exists() or not card_path.exists():
-        there = sorted(p.stem for p in Path(folder).glob("*.safetensors")) or ["none"]
+        there = sorted(p.stem for p in path.parent.glob("*.safetensors")) or ["none"]
         raise ArqError(
-            f"there is no checkpoint {checkpoint.name} (there: {', '.join(there)}): "
-            "choose one, or train it with experiments/pretrain.py"
+            f"there is no checkpoint {path.stem} (there: {', '.join(there)}): choose one, or train it with experiments/pretrain.py"
         )
     try:
         card, data = json.loads(card_path.read_text()), path.read_bytes()
@@ -79,4 +93,4 @@ def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[tor
         if isinstance(error, ArqError):
             raise
         raise ArqError(f"{path} cannot be loaded ({error}): restore it or train it again with experiments/pretrain.py") from error
-    return network.eval().to(memory_format=torch.channels_last), card
+    return card
