@@ -100,7 +100,7 @@ def _certify(env, best, folder: Path, options) -> None:
         maps,
         settings,
         folder=folder / "certificates",
-        progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks, leave=False),
+        progress=lambda name: partial(tqdm, desc=name, leave=False),
     )
     print(comparison_table(comparison))
     write_json(folder / "certificates.json", comparison.document(env.evaluator))

@@ -6,6 +6,7 @@ import warnings
 
 import gymnasium
 
+from arq_env.comparison import TestSettings
 from arq_env.errors import ArqError
 
 
@@ -39,6 +40,19 @@ def whole(least: int, most: int = 2**32 - 1):
 
     convert.__name__ = "whole number"
     return convert
+
+
+def add_test_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that make up a certificate on test images, named as in :class:`arq_env.comparison.TestSettings`."""
+    for name, kind, what in (
+        ("every", whole(1), "take every so many-th test image"),
+        ("offset", whole(0), "index of the first of them"),
+        ("n0", whole(1), "noise samples that select a class"),
+        ("n", whole(1), "noise samples that count it"),
+        ("alpha", float, "error probability of each certificate"),
+        ("seed", whole(0), "of the certification noise"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(TestSettings, name), help=what)
 
 
 def run(main) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
 from arq_env.certification import Certificates, certify
-from arq_env.certification.smoothing import CHUNK
+from arq_env.certification.chunks import no_progress
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256
 from arq_env.layers import Layer
@@ -87,12 +87,13 @@ def compare_maps(
     settings: TestSettings,
     *,
     folder: Path | None = None,
-    progress: Callable[[str, int], Callable] = lambda name, chunks: iter,
+    progress: Callable[[str], Callable] = lambda name: no_progress,
 ) -> Comparison:
     """Certify FP32 and each map on the test images.
 
-    :param folder: where each table is kept; one already there, for the same network, map and settings, is not made again
-    :param progress: called with a name and its number of chunks, returns what wraps the iterable of chunks
+    :param folder: where each table is kept, image by image; what is already there, for the same network, map and settings,
+        is not made again
+    :param progress: called with a name, returns the ``progress`` of :func:`arq_env.certification.certify`
     """
     problem = evaluator.problem
     images, labels = problem.test_images(settings.every, settings.offset)
@@ -103,9 +104,6 @@ def compare_maps(
     for name, bit_widths in {FP32: None, **maps}.items():
         identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]
         path = None if folder is None else Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
-        if path is not None and path.exists():
-            certificates[name] = Certificates.from_tsv(path)
-            continue
         network = problem.network if bit_widths is None else evaluator.quantizer.quantize(bit_widths)
         certificates[name] = certify(
             network,
@@ -116,10 +114,9 @@ def compare_maps(
             n=settings.n,
             alpha=settings.alpha,
             seed=settings.seed,
-            progress=progress(name, -(-len(images) // CHUNK)),
+            progress=progress(name),
+            log=path,
         )
-        if path is not None:
-            certificates[name].to_tsv(path)
     return Comparison(settings, problem.layers, maps, certificates)
 
 
@@ -134,8 +131,9 @@ def standard_error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
-def summarize(certificates: Certificates, radii=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5)) -> dict:
-    """ACR with its standard error, clean accuracy, and certified accuracy at some radii."""
+def summarize(certificates: Certificates) -> dict:
+    """ACR with its standard error, clean accuracy, and certified accuracy at radii in steps of 0.25."""
+    radii = np.arange(0.25, 3.25, 0.25)
     return {
         "acr": certificates.acr,
         "acr_standard_error": standard_error(certificates.certified_radius),

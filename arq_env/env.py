@@ -58,6 +58,14 @@ class ArqEnv(gymnasium.Env):
     0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
     certifier and the same noise as the reference: 0 is "as good as FP32", 2 bits everywhere is clearly negative.
 
+    `reward_method` chooses how the ACR is bounded. Keep `"cohen"` for a search: all maps see the same noise, so their differences
+    are paired, and a few samples of many images rank them best. `"randomized"` is for few samples too: it spends alpha to
+    the last, where Clopper-Pearson on 8 samples wastes most of it, but its uniform draws weigh the images unequally.
+    `"sequential"` is for large n (1,000 and more), where it draws a fraction of the samples for nearly the same ACR.
+    `"incremental"` is the reward of the published ARQ, for comparison with it: it charges every disagreement with FP32, also
+    harmless ones, so at 4 bits and fewer it punishes maps whose robustness is unchanged. `"paired"` charges the harmful
+    ones only; both pay above 6 bits or so, where hardly any prediction changes.
+
     ## Starting State
     The first layer that is not fixed, nothing spent. `reset(options={"budget": f})` sets the budget for one episode.
 
@@ -69,8 +77,9 @@ class ArqEnv(gymnasium.Env):
 
     ## Arguments
     `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, and the
-    reward certifier's `images`, `n0`, `n`, `alpha` and `seed` (see :class:`arq_env.evaluation.CertifierSettings`). The class
-    itself takes a :class:`arq_env.problem.Problem`, which holds any network of Conv2d and Linear layers.
+    reward certifier's `images`, `n0`, `n`, `alpha`, `seed` and `reward_method` (see
+    :class:`arq_env.evaluation.CertifierSettings`). The class itself takes a :class:`arq_env.problem.Problem`, which holds any
+    network of Conv2d and Linear layers.
 
     ## Version History
     * v0: first release

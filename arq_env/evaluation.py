@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from arq_env.bitwidths import BitWidthMap
-from arq_env.certification import certify
+from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import Problem
@@ -14,11 +14,13 @@ from arq_env.quantization import Quantizer
 
 #: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
 NOISE_LOSS = 0.5
+#: Samples of the FP32 network for each one that an incremental reward replays: a one-off cost, which makes its bound tight.
+CACHE_FACTOR = 16
 
 
 @dataclass(frozen=True)
 class CertifierSettings:
-    """How the reward is measured: Cohen's certifier on few noise samples for each of many images.
+    """How the reward is measured: by default Cohen's certifier on few noise samples for each of many images.
 
     For as many forward passes, many images with few samples rank maps better than few images with many, and a ranking
     needs no small alpha. These radii are for comparing maps; figures to quote are certified with more samples.
@@ -29,6 +31,8 @@ class CertifierSettings:
     :param n: fresh noise samples that count it
     :param alpha: error probability of each radius
     :param seed: of noise and calibration; the same for all maps, so that they are compared on the same noise
+    :param reward_method: a method of :func:`arq_env.certification.certify`; "incremental" and "paired" bound the difference to
+        the FP32 network, which is run once on 16 n samples, and need n of 100 or more for radii worth comparing
     """
 
     images: int = 512
@@ -37,8 +41,11 @@ class CertifierSettings:
     alpha: float = 0.3
     seed: int = 0
     first: int = 0
+    reward_method: str = "cohen"
 
     def __post_init__(self):
+        if self.reward_method not in METHODS:
+            raise ArqError(f"there is no reward method {self.reward_method!r}: choose one of {', '.join(METHODS)}")
         for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0), ("first", 0)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
@@ -126,15 +133,36 @@ class Evaluator:
 
     def _evaluate(self, build) -> Evaluation:
         images, labels = self._reward_images
-        s, sigma = self.settings, self.problem.sigma
+        s, sigma, cache = self.settings, self.problem.sigma, self._cache
         start = time.perf_counter()
-        certificates = certify(build(), images, labels, sigma=sigma, n0=s.n0, n=s.n, alpha=s.alpha, seed=s.seed)
+        certificates = certify(
+            build(),
+            images,
+            labels,
+            sigma=sigma,
+            n0=s.n0,
+            n=s.n,
+            alpha=s.alpha,
+            seed=s.seed,
+            method=s.reward_method,
+            cache=cache,
+        )
         return Evaluation(
             acr=certificates.acr,
             clean_accuracy=certificates.clean_accuracy,
             certified_accuracy=certificates.certified_accuracy(sigma / 2),
             seconds=time.perf_counter() - start,
         )
+
+    @cached_property
+    def _cache(self) -> PredictionCache | None:
+        """What the FP32 network predicts, for the methods that compare with it."""
+        s = self.settings
+        if s.reward_method not in ("incremental", "paired"):
+            return None
+        images, _ = self._reward_images
+        n = CACHE_FACTOR * s.n
+        return cache_predictions(self.problem.network, images, sigma=self.problem.sigma, n0=s.n0, n=n, seed=s.seed)
 
     @cached_property
     def _reward_images(self):

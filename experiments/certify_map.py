@@ -29,12 +29,7 @@ def parse():
         metavar="BITS",
         help="uniform maps to compare with, the first as the base",
     )
-    parser.add_argument("--every", type=command_line.whole(1), default=TestSettings.every, help="take every so many-th test image")
-    parser.add_argument("--offset", type=command_line.whole(0), default=TestSettings.offset, help="index of the first of them")
-    parser.add_argument("--n0", type=command_line.whole(1), default=TestSettings.n0, help="noise samples that select a class")
-    parser.add_argument("--n", type=command_line.whole(1), default=TestSettings.n, help="noise samples that count it")
-    parser.add_argument("--alpha", type=float, default=TestSettings.alpha, help="error probability of each certificate")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
+    command_line.add_test_settings(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--output", type=Path, help="JSON file for the figures (default: beside the map, named by every, offset and n)"
@@ -61,9 +56,7 @@ def main():
         )
     found, _ = load_map(path, problem.layers)
     maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
-    settings = TestSettings(
-        every=options.every, offset=options.offset, n0=options.n0, n=options.n, alpha=options.alpha, seed=options.seed
-    )
+    settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
     evaluator = Evaluator(problem, certifier)
     print(layer_table(problem.layers, found), end="\n\n")
     comparison = compare_maps(
@@ -71,7 +64,7 @@ def main():
         maps,
         settings,
         folder=path.parent / "certificates",
-        progress=lambda name, chunks: partial(tqdm, desc=name, total=chunks),
+        progress=lambda name: partial(tqdm, desc=name),
     )
     print(comparison_table(comparison))
     output = options.output or path.parent / f"{path.stem}-every{options.every}-offset{options.offset}-n{options.n}.json"

@@ -1,4 +1,5 @@
 import concurrent.futures
+import itertools
 
 import numpy as np
 import pytest
@@ -129,6 +130,13 @@ def test_bad_logits_are_an_error_that_names_the_image(value, index):
         ({"n0": 0}, "n0 is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"method": "magic"}, "cohen"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"radius": 0.5}, "sequential"),
+        ({"radius": -1.0, "method": "sequential"}, "radius"),
+        ({"radius": np.nan, "method": "sequential"}, "radius"),
+        ({"price": 0, "method": "sequential"}, "price"),
+        ({"gamma": 2.0}, "gamma"),
+        ({"method": "incremental"}, "needs a cache"),
     ],
 )
 def test_arguments_out_of_range(images, change, message):
@@ -143,6 +151,8 @@ def test_images_and_labels_out_of_range(images):
         certify(halfspace, images * np.nan, np.zeros(37), **SETTINGS)
     with pytest.raises(ArqError, match="one label an image"):
         certify(halfspace, images, np.zeros(36), **SETTINGS)
+    with pytest.raises(ArqError, match="one label an image"):
+        certify(halfspace, images, [0] * 38, **SETTINGS)
     with pytest.raises(ArqError, match="at least one image"):
         certify(halfspace, images[:0], np.zeros(0), **SETTINGS)
 
@@ -166,11 +176,32 @@ def test_summary():
     assert [got.certified_accuracy(r) for r in (0, 0.2, 0.3, 0.5)] == [0.5, 0.5, 0.25, 0]
 
 
-def test_log_comes_back_as_written(images, tmp_path):
+def test_count_at_its_ends(images):
+    """k = n gives the largest radius that n samples can, k = 0 none, with two classes and a single image."""
+    one = images[:1]
+    always = certify(lambda batch: np.ones(len(batch), int), one, [1], **SETTINGS)
+    assert always.radius[0] == pytest.approx(0.5 * stats.norm.ppf(0.01 ** (1 / 200))) and always.prediction[0] == 1
+    calls = []
+
+    def turncoat(batch):  # class 0 while it is selected, never again
+        calls.append(len(batch))
+        return np.full(len(batch), int(sum(calls) > SETTINGS["n0"]))
+
+    never = certify(turncoat, one, [0], batch_size=SETTINGS["n0"], **SETTINGS)
+    assert never.prediction[0] == ABSTAINED and never.radius[0] == 0
+
+
+def test_ties_select_the_smallest_class(images):
+    alternate = itertools.cycle([2, 1])
+    got = certify(lambda batch: np.array([next(alternate) for _ in batch]), images[:1], [1], sigma=0.5, n0=8, n=8)
+    assert got.prediction[0] == ABSTAINED  # 4 of 8 for class 1
+
+
+def test_table_comes_back_as_written(images, tmp_path):
     got = certify(halfspace, images, np.zeros(37), **SETTINGS)
-    got.to_tsv(tmp_path / "log.tsv")
-    assert (tmp_path / "log.tsv").read_text().splitlines()[0] == "idx\tlabel\tpredict\tradius\tcorrect\ttime"
-    assert table(Certificates.from_tsv(tmp_path / "log.tsv")) == table(got)
+    got.to_tsv(tmp_path / "table.tsv")
+    assert (tmp_path / "table.tsv").read_text().splitlines()[0] == "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+    assert table(Certificates.from_tsv(tmp_path / "table.tsv")) == table(got)
 
 
 def test_published_log_is_read(tmp_path):

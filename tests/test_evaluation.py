@@ -6,6 +6,7 @@ import torch
 
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
+from arq_env.certification import METHODS
 from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
 from arq_env.evaluation import CertifierSettings, Evaluator, warn_if_noise_is_new
 from arq_env.report import comparison_table, layer_table
@@ -95,7 +96,7 @@ def test_comparison_is_paired_and_kept(problem, tmp_path, monkeypatch):
     )
     assert "W2A2" in comparison_table(first) and "middle" in layer_table(problem.layers, maps["W2A2"])
 
-    monkeypatch.setattr("arq_env.comparison.certify", lambda *a, **k: pytest.fail("certified again"))
+    monkeypatch.setattr("arq_env.certification.sampling.Sampler.predict", lambda *a, **k: pytest.fail("certified again"))
     again = compare_maps(evaluator, maps, settings, folder=tmp_path)
     assert again.certificates["W2A2"].acr == first.certificates["W2A2"].acr
     monkeypatch.undo()
@@ -117,3 +118,17 @@ def test_results_belong_to_the_network(problem, tmp_path):
 def test_training_mode_is_an_error():
     with pytest.raises(ArqError, match="eval"):
         toy_problem(network=ToyNet())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_the_reward(method):
+    """FP32 is the reference under the same method: 8 bits are close to it, and a map is told from another."""
+    evaluator = Evaluator(toy_problem(), CertifierSettings(images=32, n0=8, n=64, reward_method=method))
+    fine = evaluator.evaluate(uniform(evaluator.problem.layers, 8, 8))
+    assert 0 < fine.acr == pytest.approx(evaluator.reference.acr, rel=0.15)
+    assert evaluator.evaluate(uniform(evaluator.problem.layers, 2, 2)).acr != fine.acr
+
+
+def test_an_unknown_reward_method_is_an_error():
+    with pytest.raises(ArqError, match="cohen, randomized"):
+        CertifierSettings(reward_method="magic")

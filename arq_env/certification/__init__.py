@@ -1,7 +1,28 @@
 """Certificates by randomized smoothing, for any classifier."""
 
-from arq_env.certification.bounds import clopper_pearson_lower, smoothing_radius
+from arq_env.certification.bounds import (
+    betting_lower,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    randomized_clopper_pearson_lower,
+    smoothing_radius,
+)
+from arq_env.certification.cache import PredictionCache, cache_predictions
 from arq_env.certification.certificates import ABSTAINED, Certificates
-from arq_env.certification.smoothing import certify
+from arq_env.certification.methods import METHODS
+from arq_env.certification.smoothing import certify, estimate_seconds
 
-__all__ = ["ABSTAINED", "Certificates", "certify", "clopper_pearson_lower", "smoothing_radius"]
+__all__ = [
+    "ABSTAINED",
+    "METHODS",
+    "Certificates",
+    "PredictionCache",
+    "betting_lower",
+    "cache_predictions",
+    "certify",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "estimate_seconds",
+    "randomized_clopper_pearson_lower",
+    "smoothing_radius",
+]

@@ -1,15 +1,19 @@
 """A table of certificates, one image a row."""
 
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from arq_env.errors import ArqError
-from arq_env.files import atomic_file
+from arq_env.files import atomic_file, write_json
 
 ABSTAINED = -1
 _COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
+_MORE = ("n", "draw")  # of the logs that certify writes, after the published columns
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,9 @@ class Certificates:
     :param label: int64 [images]
     :param prediction: int64 [images], -1 where the smoothed classifier abstained
     :param radius: float64 [images], L2 in units of pixels in [0, 1], around the prediction; 0 where it abstained
-    :param n: int64 [images], noise samples that were counted
+    :param n: int64 [images], noise samples that were drawn after the n0 of the selection
     :param seconds: float64 [images]
+    :param draw: float64 [images], the uniform draw of a randomized bound, NaN without one
     """
 
     label: np.ndarray
@@ -28,6 +33,7 @@ class Certificates:
     radius: np.ndarray
     n: np.ndarray
     seconds: np.ndarray
+    draw: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -58,30 +64,95 @@ class Certificates:
 
     def to_tsv(self, path: Path) -> None:
         """Write the columns of published certification logs: idx (the row), label, predict, radius, correct, time."""
-        lines = ["\t".join(_COLUMNS)]
-        rows = zip(self.label, self.prediction, self.radius, self.correct, self.seconds, strict=True)
-        for index, (label, prediction, radius, correct, seconds) in enumerate(rows):
-            lines.append(f"{index}\t{label}\t{prediction}\t{float(radius)!r}\t{int(correct)}\t{seconds:.4f}")
+        rows = zip(self.label, self.prediction, self.radius, self.seconds, strict=True)
+        lines = [_line(index, *row) for index, row in enumerate(rows)]
         with atomic_file(path) as file:
-            file.write(("\n".join(lines) + "\n").encode())
+            file.write(("\n".join(["\t".join(_COLUMNS), *lines]) + "\n").encode())
 
     @classmethod
     def from_tsv(cls, path: Path) -> "Certificates":
-        """Read such a log; ``n`` is not among its columns and comes back as 0, seconds as written.
+        """Read such a log, or one that ``certify`` wrote; where there is no column ``n`` it comes back as 0, seconds as written.
 
         :raises ArqError: when the file is missing or not such a table
         """
         try:
-            header, *lines = Path(path).read_text().splitlines()
-            if tuple(header.split("\t")) != _COLUMNS:
-                raise ValueError(f"the header is {header[:60]!r}")
-            rows = [line.split("\t") for line in lines]
-            label, prediction = (np.array([int(row[i]) for row in rows], np.int64) for i in (1, 2))
-            radius = np.array([float(row[3]) for row in rows])
-            seconds = np.array([_seconds(row[5]) for row in rows])
+            return cls(**_read(Path(path).read_text())[1])
         except (OSError, ValueError, IndexError) as error:
             raise ArqError(f"{path} is not a certification log ({error}): it needs the columns {', '.join(_COLUMNS)}") from error
-        return cls(label, prediction, radius, np.zeros_like(label), seconds)
+
+
+class CertificateLog:
+    """Certificates as they are made, appended to a file image by image, so that a killed certification goes on.
+
+    The file has the columns of published logs, then n and draw. A JSON file beside it says what it belongs to.
+
+    :param path: TSV file; None to keep the table in memory only
+    :param identity: returns what the certificates depend on, as plain data
+    :raises ArqError: when the file belongs to something else
+    """
+
+    def __init__(self, path: Path | None, identity: Callable[[], dict]):
+        self._path, self._rows = path and Path(path), {}
+        if self._path is None:
+            return
+        beside, now = self._path.with_suffix(".settings.json"), identity()
+        if not self._path.exists():
+            write_json(beside, now)
+            with atomic_file(self._path) as file:
+                file.write(("\t".join((*_COLUMNS, *_MORE)) + "\n").encode())
+            return
+        try:
+            whole = self._path.read_text()
+            whole = whole[: whole.rindex("\n") + 1]  # a kill may have cut the last line
+            index, columns = _read(whole)
+            before = json.loads(beside.read_text())
+        except (OSError, ValueError, IndexError) as error:
+            raise ArqError(f"{path} cannot be gone on with ({error}): remove it, or choose another file") from error
+        if different := [name for name in now if before.get(name) != now[name]]:
+            raise ArqError(f"{path} holds certificates made with another {', '.join(different)}: choose another file for these")
+        os.truncate(self._path, len(whole.encode()))
+        self._rows = {int(i): row for i, row in zip(index, zip(*columns.values(), strict=True), strict=True)}
+
+    @property
+    def done(self) -> list[int]:
+        """Indices of the images that are in the table."""
+        return sorted(self._rows)
+
+    def append(self, rows, label, prediction, radius, n, draw, seconds) -> None:
+        """Add the images ``rows``, and write them down before this returns."""
+        columns = (label, prediction, radius, n, seconds, draw)
+        added = dict(zip((int(row) for row in rows), zip(*columns, strict=True), strict=True))
+        self._rows |= added
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                for index, (of, said, r, count, time, w) in added.items():
+                    file.write(_line(index, of, said, r, time) + f"\t{count}\t{float(w)!r}\n")
+
+    def certificates(self) -> Certificates:
+        """The whole table, in the order of the images."""
+        ordered = (self._rows[index] for index in self.done)
+        return Certificates(*(np.array(column) for column in zip(*ordered, strict=True)))
+
+
+def _line(index, label, prediction, radius, seconds) -> str:
+    return f"{index}\t{label}\t{prediction}\t{float(radius)!r}\t{int(label == prediction)}\t{seconds:.4f}"
+
+
+def _read(text: str) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Indices of a log's images, and its columns in the order of a Certificates' fields."""
+    header, *lines = text.splitlines()
+    names = header.split("\t")
+    if tuple(names[: len(_COLUMNS)]) != _COLUMNS:
+        raise ValueError(f"the header is {header[:60]!r}")
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    return [int(row["idx"]) for row in rows], {
+        "label": np.array([int(row["label"]) for row in rows], np.int64),
+        "prediction": np.array([int(row["predict"]) for row in rows], np.int64),
+        "radius": np.array([float(row["radius"]) for row in rows]),
+        "n": np.array([int(row.get("n", 0)) for row in rows], np.int64),
+        "seconds": np.array([_seconds(row["time"]) for row in rows]),
+        "draw": np.array([float(row.get("draw", "nan")) for row in rows]),
+    }
 
 
 def _seconds(text: str) -> float:

@@ -1,0 +1,155 @@
+"""What incremental certification remembers of the original network: per image its class, its counts, its predictions."""
+
+import functools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arq_env.certification.chunks import as_array, check_request, classifier_digest, no_progress, run_in_chunks
+from arq_env.certification.sampling import BLOCK, ESTIMATION
+from arq_env.errors import ArqError
+from arq_env.files import atomic_file, sha256
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Some images' part of a cache, as arrays of one entry (or row) an image."""
+
+    classes: np.ndarray
+    counts: np.ndarray
+    predictions: np.ndarray
+
+    def blocks(self, rows, n: int):
+        """The first n predictions of some rows, a block of samples at a time."""
+        for start in range(0, n, BLOCK):
+            yield self.predictions[rows, start : min(start + BLOCK, n)]
+
+
+@dataclass(frozen=True)
+class PredictionCache:
+    """Predictions of one network on noisy copies of some images (Ugare et al., ICLR 2024, section 3.1).
+
+    Their noise is not stored: it follows from ``seed`` and each image.
+
+    :param classes: int64 [images], selected with n0 samples
+    :param counts: int64 [images], how many of the n samples got that class
+    :param predictions: [images, n], the smallest unsigned integers that hold the classes
+    :param digests: SHA-256 of each image
+    :param network: digest of the network's weights, empty for a plain function
+    """
+
+    classes: np.ndarray
+    counts: np.ndarray
+    predictions: np.ndarray
+    digests: list[str]
+    sigma: float
+    seed: int
+    n0: int
+    network: str
+
+    @property
+    def n(self) -> int:
+        """Noise samples an image."""
+        return self.predictions.shape[1]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {digest: place for place, digest in enumerate(self.digests)}
+
+    def rows(self, digests: list[str]) -> CachedRows:
+        """The entries of some images.
+
+        :raises ArqError: when an image is not among the cached ones
+        """
+        try:
+            places = [self._places[digest] for digest in digests]
+        except KeyError:
+            raise ArqError("the cache was made for other images: make it for these, with cache_predictions") from None
+        return CachedRows(self.classes[places], self.counts[places], self.predictions[places])
+
+    def save(self, path: Path) -> None:
+        """Write everything to one ``.npz`` file."""
+        with atomic_file(path) as file:
+            np.savez(file, **{name: getattr(self, name) for name in self.__dataclass_fields__})
+
+    @classmethod
+    def load(cls, path: Path) -> "PredictionCache":
+        """Read such a file.
+
+        :raises ArqError: when it is missing or not such a file
+        """
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                fields = {name: stored[name] for name in cls.__dataclass_fields__}
+            fields["digests"] = fields["digests"].tolist()
+            return cls(**{name: value.item() if getattr(value, "ndim", 1) == 0 else value for name, value in fields.items()})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ArqError(f"{path} is not a prediction cache ({error}): make it again with cache_predictions") from error
+
+
+def cache_predictions(
+    classifier: Callable,
+    images,
+    *,
+    sigma: float,
+    n0: int = 100,
+    n: int = 10_000,
+    seed: int = 0,
+    path: Path | None = None,
+    batch_size: int | None = None,
+    map: Callable = map,
+    progress: Callable = no_progress,
+) -> PredictionCache:
+    """Run the original network once, for :func:`certify` with ``method="incremental"`` or ``"paired"`` on its variants.
+
+    The arguments are those of ``certify``; n x images bytes are kept.
+
+    :param path: file to keep the cache in; one that is there is read instead of made again
+    :raises ArqError: for arguments out of range, and for a file made with another network, sigma, seed, n0, n or images
+    """
+    check_request(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
+    pixels = as_array(images)
+    tied_to = {
+        "digests": [sha256(np.ascontiguousarray(image)) for image in pixels],
+        "sigma": float(sigma),
+        "seed": seed,
+        "n0": n0,
+        "network": classifier_digest(classifier),
+    }
+    if path is not None and Path(path).exists():
+        cache = PredictionCache.load(path)
+        for name, value in (tied_to | {"n": n}).items():
+            if getattr(cache, name) != value:
+                what = "other images" if name == "digests" else f"another {name}"
+                raise ArqError(f"{path} was made with {what}: choose another file for this cache")
+        return cache
+    parts = [
+        result
+        for _, result, _ in run_in_chunks(
+            functools.partial(_predict, n0=n0, n=n),
+            classifier,
+            images,
+            np.arange(len(pixels)),
+            sigma=sigma,
+            seed=seed,
+            n=n,
+            batch_size=batch_size,
+            map=map,
+            progress=progress,
+        )
+    ]
+    classes, predictions = (np.concatenate(column) for column in zip(*parts, strict=True))
+    counts = (predictions == classes[:, None]).sum(1)
+    cache = PredictionCache(classes, counts, predictions, **tied_to)
+    if path is not None:
+        cache.save(path)
+    return cache
+
+
+def _predict(sampler, rows, *, n0, n):
+    classes, _ = sampler.select(n0)
+    blocks = [sampler.predict(ESTIMATION, min(BLOCK, n - start)) for start in range(0, n, BLOCK)]
+    return classes, np.concatenate([block.astype(np.min_scalar_type(int(block.max()))) for block in blocks], axis=1)

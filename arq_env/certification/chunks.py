@@ -1,0 +1,94 @@
+"""From whole arrays to tasks of a few images, the same for every method: checks, devices, and any ``map``."""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from arq_env.certification.sampling import Sampler
+from arq_env.errors import ArqError
+
+#: Most images, and most noise samples (about), of one task of ``map``; what a kill can lose.
+CHUNK, CHUNK_SAMPLES = 16, 16_384
+
+
+def run_in_chunks(
+    task: Callable, classifier: Callable, images, rows, *, sigma, seed, n, batch_size, map, progress
+) -> Iterator[tuple[np.ndarray, tuple, float]]:
+    """Call ``task(sampler, rows)`` for a few of the images at a time; yield (rows, its result, seconds an image) in order.
+
+    :param images: the caller's images as :func:`checked_images` returns them
+    :param rows: indices of the images to do
+    :param n: noise samples an image needs, about
+    """
+    device = _device(classifier, images)
+    if batch_size is None:
+        batch_size = 32 if device is None or device.type == "cpu" else 1_024
+    pixels = as_array(images)
+    size = max(1, min(CHUNK, CHUNK_SAMPLES // n))
+    chunks = [(part, pixels[part]) for part in np.split(rows, range(size, len(rows), size)) if len(part)]
+    settings = {"sigma": sigma, "seed": seed, "batch_size": batch_size, "device": device}
+    run = functools.partial(_run, task, classifier, settings)
+    return progress(map(run, chunks), total=len(chunks))
+
+
+def _run(task, classifier, settings, chunk):
+    rows, images = chunk
+    start = time.perf_counter()
+    result = task(Sampler(classifier, images, rows, **settings), rows)
+    return rows, result, (time.perf_counter() - start) / len(rows)
+
+
+def no_progress(iterable, total):
+    """What ``progress`` is by default: the iterable, and nothing shown."""
+    return iterable
+
+
+def check_request(classifier, images, *, sigma, n0, n, seed, batch_size) -> None:
+    """Raise an ArqError unless the arguments that all methods share can be used."""
+    if isinstance(classifier, torch.nn.Module) and classifier.training:
+        raise ArqError(
+            "the classifier is in training mode, in which its output depends on the rest of the batch: call eval() first"
+        )
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise ArqError(f"sigma is {sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
+    for name, value, low in (
+        ("n0", n0, 1),
+        ("n", n, 1),
+        ("batch_size", 1 if batch_size is None else batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < low:
+            raise ArqError(f"{name} is {value}: give at least {low}")
+    pixels = as_array(images)
+    if len(pixels) == 0:
+        raise ArqError("there are 0 images: give at least one image")
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also false for NaN
+        raise ArqError(
+            f"pixels range from {pixels.min():g} to {pixels.max():g}: give images in [0, 1] and let the classifier normalise"
+        )
+
+
+def as_array(images) -> np.ndarray:
+    """float32 array of an array or tensor."""
+    return np.asarray(images.cpu() if isinstance(images, torch.Tensor) else images, np.float32)
+
+
+def classifier_digest(classifier: Callable) -> str:
+    """SHA-256 of a torch module's weights and buffers; empty for a plain function, which cannot be told from another."""
+    if not isinstance(classifier, torch.nn.Module):
+        return ""
+    digest = hashlib.sha256()
+    for name, tensor in classifier.state_dict().items():
+        digest.update(name.encode() + np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _device(classifier, images):
+    """Where the batches go as tensors; None when they stay NumPy arrays."""
+    if isinstance(classifier, torch.nn.Module):
+        return next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
+    return images.device if isinstance(images, torch.Tensor) else None

@@ -1,0 +1,271 @@
+"""What the methods promise beside validity: the same numbers however they are run, fewer samples, refusals."""
+
+import concurrent.futures
+import multiprocessing
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from arq_env import ArqError
+from arq_env.certification import (
+    ABSTAINED,
+    Certificates,
+    PredictionCache,
+    cache_predictions,
+    certify,
+    clopper_pearson_lower,
+    estimate_seconds,
+    randomized_clopper_pearson_lower,
+)
+from arq_env.certification.methods import planned_samples
+from tests.test_certify import halfspace, table, true_radius
+
+SETTINGS = {"sigma": 0.5, "n0": 30, "n": 400, "alpha": 0.01}
+METHODS = [
+    {"method": "cohen"},
+    {"method": "randomized"},
+    {"method": "sequential"},
+    {"method": "sequential", "radius": 0.3},
+    {"method": "incremental"},
+    {"method": "paired"},
+]
+
+
+def shifted(images):
+    """A variant of ``halfspace`` with a slightly different hyperplane."""
+    margin = images.reshape(len(images), -1).mean(1) - 0.502
+    return np.stack([-margin, margin], axis=1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return (rng.random((37, 3, 4, 4)) * 0.2 + np.linspace(0.2, 0.4, 37)[:, None, None, None]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def cache(images):
+    return cache_predictions(halfspace, images, sigma=0.5, n0=30, n=1_000)
+
+
+@pytest.fixture(params=METHODS, ids=lambda chosen: "-".join(map(str, chosen.values())))
+def arguments(request, cache):
+    return SETTINGS | request.param | ({"cache": cache} if request.param["method"] in ("incremental", "paired") else {})
+
+
+def columns(certificates):
+    return [getattr(certificates, name).tolist() for name in ("label", "prediction", "radius", "n")]
+
+
+LABELS = np.arange(37) % 5 == 4  # most are class 0, some of these labels wrong
+
+
+def test_radii_are_sound(images, arguments):
+    got = certify(shifted, images, LABELS, **arguments | {"alpha": 1e-6})
+    truth = np.maximum(0.502 - images.reshape(37, -1).mean(1), 0) * np.sqrt(48)
+    sure = got.prediction == 0
+    assert sure.sum() >= 10 and (got.radius[sure] <= truth[sure]).all()
+    assert not got.radius[got.prediction == ABSTAINED].any()
+
+
+def test_same_numbers_however_it_is_run(images, arguments):
+    expected = certify(shifted, images, LABELS, **arguments)
+    assert columns(certify(shifted, images, LABELS, batch_size=7, **arguments)) == columns(expected)
+    assert columns(certify(shifted, torch.from_numpy(images), torch.as_tensor(LABELS), **arguments)) == columns(expected)
+    order = np.random.default_rng(1).permutation(37)
+    shuffled = certify(shifted, images[order], LABELS[order], **arguments)
+    np.testing.assert_array_equal(shuffled.radius, expected.radius[order])
+    np.testing.assert_array_equal(shuffled.n, expected.n[order])
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        assert columns(certify(shifted, images, LABELS, map=threads.map, **arguments)) == columns(expected)
+
+
+@pytest.mark.slow
+def test_same_numbers_from_processes(images, arguments):
+    with multiprocessing.get_context("spawn").Pool(2) as processes:
+        spread = certify(shifted, images, LABELS, map=processes.imap, **arguments)
+    assert columns(spread) == columns(certify(shifted, images, LABELS, **arguments))
+
+
+def test_killed_and_resumed(images, arguments, tmp_path):
+    """A certification that dies is taken up where it stopped, also in the middle of a line."""
+    log, calls = tmp_path / "log.tsv", []
+
+    def dying(batch):
+        calls.append(len(batch))
+        if sum(calls) > 17 * (SETTINGS["n0"] + 1):  # at the latest in the second chunk
+            raise KeyboardInterrupt
+        return shifted(batch)
+
+    expected = certify(shifted, images, LABELS, **arguments)
+    first = certify(shifted, images, LABELS, log=log, **arguments)
+    lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) == 38 and lines[0].startswith("idx\tlabel\tpredict\tradius\tcorrect\ttime\t")
+    log.write_text("".join(lines[:9]) + lines[9][:5])
+    with pytest.raises(KeyboardInterrupt):
+        certify(dying, images, LABELS, log=log, **arguments)
+    done = len(log.read_text().splitlines()) - 1
+    assert done in (8, 24)
+    asked = []
+
+    def counting(batch):
+        asked.append(len(batch))
+        return shifted(batch)
+
+    resumed = certify(counting, images, LABELS, log=log, **arguments)
+    assert columns(resumed) == columns(first) == columns(expected)
+    assert sum(asked) < sum(expected.n) + 37 * SETTINGS["n0"]
+    asked.clear()
+    assert columns(certify(counting, images, LABELS, log=log, **arguments)) == columns(expected) and not asked
+    assert table(Certificates.from_tsv(log)) == table(expected)
+
+
+def test_a_log_of_something_else_is_refused(images, tmp_path):
+    log = tmp_path / "log.tsv"
+    certify(halfspace, images[:2], [0, 0], log=log, **SETTINGS)
+    with pytest.raises(ArqError, match="another alpha"):
+        certify(halfspace, images[:2], [0, 0], log=log, **SETTINGS | {"alpha": 0.1})
+    with pytest.raises(ArqError, match="another images"):
+        certify(halfspace, images[1:3], [0, 0], log=log, **SETTINGS)
+    networks = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval() for _ in range(2)]
+    certify(networks[0], images[:2], [0, 0], log=tmp_path / "network.tsv", **SETTINGS)
+    with pytest.raises(ArqError, match="another classifier"):
+        certify(networks[1], images[:2], [0, 0], log=tmp_path / "network.tsv", **SETTINGS)
+    log.write_text("nothing of the kind\n")
+    with pytest.raises(ArqError, match="remove it"):
+        certify(halfspace, images[:2], [0, 0], log=log, **SETTINGS)
+
+
+def test_randomized_records_its_draws(images, tmp_path):
+    """The draws are read back from the log and explain the radii; the bound is never below Clopper-Pearson's."""
+    log = tmp_path / "log.tsv"
+    got = certify(halfspace, images, np.zeros(37), method="randomized", log=log, **SETTINGS)
+    plain = certify(halfspace, images, np.zeros(37), **SETTINGS)
+    assert (got.radius >= plain.radius).all() and got.radius.sum() > plain.radius.sum()
+    np.testing.assert_array_equal(Certificates.from_tsv(log).draw, got.draw)
+    assert len(set(got.draw)) == 37 and got.draw.min() >= 0 and got.draw.max() <= 1
+    counts = np.arange(401)
+    bounds = randomized_clopper_pearson_lower(counts, 400, 1.0, 0.01)
+    np.testing.assert_allclose(bounds, clopper_pearson_lower(counts, 400, 0.01), atol=1e-9)
+
+
+def test_sequential_spends_samples_where_they_pay(images):
+    """Nothing on wrong images, little on hopeless ones, at most n on the others; ACR stays close."""
+    settings = {"sigma": 0.5, "n0": 100, "n": 5_000, "alpha": 0.001}
+    full = certify(halfspace, images, LABELS, **settings)
+    got = certify(halfspace, images, LABELS, method="sequential", **settings)
+    assert not got.n[LABELS].any() and (got.n <= 5_000).all()
+    assert got.n.mean() < 0.3 * 5_000 and got.acr > 0.9 * full.acr
+    dear = certify(halfspace, images, LABELS, method="sequential", price=0.01, **settings)
+    assert dear.n.sum() > got.n.sum() and dear.acr > got.acr
+    plan = planned_samples(100, 5_000, 0.001, 0.3)
+    assert not plan[:50].any() and plan[70] < plan[95] <= 5_000
+
+
+def test_sequential_decides_a_radius(images):
+    settings = {"sigma": 0.5, "n0": 100, "n": 10_000, "alpha": 0.001}
+    got = certify(halfspace, images, np.zeros(37), method="sequential", radius=0.5, **settings)
+    truth = true_radius(images) * (images.mean((1, 2, 3)) < 0.5)
+    decided = got.radius >= 0.5
+    assert (decided == (got.prediction == 0)).all() and not decided[truth < 0.5].any()
+    assert decided[truth > 0.6].all() and got.n.mean() < 2_000
+    assert got.n[truth > 1.0].max() < 200
+
+
+def test_replaying_an_unchanged_network_loses_only_the_disagreement_bound(images, cache):
+    got = certify(halfspace, images, np.zeros(37), method="incremental", cache=cache, gamma=1.0, **SETTINGS)
+    kept = clopper_pearson_lower(cache.counts, 1_000, 0.005) - (1 - 0.005 ** (1 / 400))
+    assert (got.prediction == np.where(kept > 0.5, cache.classes, ABSTAINED)).all()
+
+
+def test_cache_is_a_file_tied_to_what_made_it(images, cache, tmp_path):
+    path = tmp_path / "cache.npz"
+    made = cache_predictions(halfspace, images, sigma=0.5, n0=30, n=1_000, path=path)
+
+    def refusing(batch):
+        raise AssertionError("the file holds the predictions")
+
+    read = cache_predictions(refusing, images, sigma=0.5, n0=30, n=1_000, path=path)
+    for name in ("classes", "counts", "predictions"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(made, name))
+        np.testing.assert_array_equal(getattr(read, name), getattr(cache, name))
+    assert read.predictions.dtype == np.uint8
+    for change, message in [({"sigma": 0.25}, "sigma"), ({"seed": 1}, "seed"), ({"n": 10}, "another n"), ({"n0": 3}, "n0")]:
+        with pytest.raises(ArqError, match=message):
+            cache_predictions(halfspace, images, path=path, **{"sigma": 0.5, "n0": 30, "n": 1_000} | change)
+    with pytest.raises(ArqError, match="other images"):
+        cache_predictions(halfspace, images[:5], sigma=0.5, n0=30, n=1_000, path=path)
+    with pytest.raises(ArqError, match="another network"):
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval()
+        cache_predictions(network, images, sigma=0.5, n0=30, n=1_000, path=path)
+    path.write_bytes(path.read_bytes()[:1_000])
+    with pytest.raises(ArqError, match="not a prediction cache"):
+        PredictionCache.load(path)
+
+
+def test_another_cache_is_refused(images, cache):
+    for change in ({"sigma": 0.25}, {"seed": 1}, {"n": 1_001}):
+        with pytest.raises(ArqError, match="the cache was made with"):
+            certify(halfspace, images, np.zeros(37), method="paired", cache=cache, **SETTINGS | change)
+    with pytest.raises(ArqError, match="other images"):
+        certify(halfspace, images * 0.5, np.zeros(37), method="paired", cache=cache, **SETTINGS)
+    with pytest.raises(ArqError, match="takes no cache"):
+        certify(halfspace, images, np.zeros(37), cache=cache, **SETTINGS)
+
+
+def test_memory_does_not_grow_with_n(images):
+    def peak(n):
+        tracemalloc.start()
+        certify(lambda batch: np.zeros(len(batch), int), images[:1], [0], **SETTINGS | {"n": n})
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(50_000) < 1.2 * peak(5_000)
+
+
+def test_estimate(images):
+    calls = []
+
+    def slow_at_first(batch):
+        time.sleep(0.001 * len(batch) if calls else 1.0)
+        calls.append(1)
+        return halfspace(batch)
+
+    assert 37 * 1.01 < estimate_seconds(slow_at_first, images, n0=10, n=1_000) < 2 * 37 * 1.01
+
+
+def test_agreement_with_another_implementation():
+    """adversarial-robustness-toolbox's randomized smoothing of the same network: radii agree within the sampling error."""
+    from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing  # takes two seconds
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3)).eval()
+    rng = np.random.default_rng(0)
+    images = rng.random((24, 3, 4, 4)).astype(np.float32)
+    sigma, n0, n, alpha = 0.25, 100, 4_000, 0.001
+    ours = certify(network, images, np.zeros(24), sigma=sigma, n0=n0, n=n, alpha=alpha)
+    other = PyTorchRandomizedSmoothing(
+        model=network,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=(3, 4, 4),
+        nb_classes=3,
+        device_type="cpu",
+        sample_size=n0,
+        scale=sigma,
+        alpha=alpha,
+    )
+    np.random.seed(0)
+    prediction, radius = other.certify(images, n=n, batch_size=500)
+    both = (prediction >= 0) & (ours.prediction >= 0)
+    assert both.sum() > 15 and (prediction[both] == ours.prediction[both]).all()
+    assert ((prediction < 0) == (ours.prediction < 0)).mean() > 0.9
+    # the counts behind both are independent draws of B(n, p): compare the bounds they were turned into
+    ours_p, other_p = (stats.norm.cdf(r[both] / sigma) for r in (ours.radius, radius))
+    spread = np.sqrt(2 * ours_p * (1 - ours_p) / n)
+    assert (np.abs(ours_p - other_p) < 5 * spread + 2e-3).all()
+    assert np.abs(ours_p - other_p).mean() < 1.5 * spread.mean()
