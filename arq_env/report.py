@@ -1,6 +1,7 @@
 """Tables for the terminal: a map layer by layer, and networks side by side."""
 
 from arq_env.bitwidths import BitWidthMap
+from arq_env.certification import smoothing_radius
 from arq_env.comparison import Comparison, standard_error
 from arq_env.layers import Layer
 
@@ -32,6 +33,20 @@ def comparison_table(comparison: Comparison) -> str:
             )
         )
     return _table(rows)
+
+
+def reference_table(documents: list[dict]) -> str:
+    """FP32 networks as a Markdown table, from the documents that ``experiments/certify_checkpoints.py`` writes."""
+    radii = [f"{step / 4:g}" for step in range(1, 10)]
+    rows = [("data set", "sigma", "training", "n", "ACR", "clean accuracy", *(f"at {radius}" for radius in radii))]
+    rows.append(("---",) * len(rows[0]))
+    for d in sorted(documents, key=lambda d: (d["dataset"], d["sigma"], d["training"] == "consistency", d["settings"]["n"])):
+        reachable = smoothing_radius(d["sigma"], d["settings"]["alpha"] ** (1 / d["settings"]["n"]))
+        accuracies = (f"{d['certified_accuracy'][r]:.3f}" if float(r) <= reachable else "" for r in radii)
+        acr = f"{d['acr']:.4f} +- {d['acr_standard_error']:.4f}"
+        first = (d["dataset"], f"{d['sigma']:g}", d["training"], f"{d['settings']['n']:,}")
+        rows.append((*first, acr, f"{d['clean_accuracy']:.3f}", *accuracies))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _table(rows) -> str:

@@ -70,9 +70,18 @@ def test_malformed_map(tmp_path):
     assert_one_line_error(script("certify_map", tmp_path / "none.json"), "cannot be read")
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--sigma", "-1"], ["--device", "abacus"], ["--batch", "1000000"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--epochs", "0"], ["--sigma", "-1"], ["--device", "abacus"], ["--batch", "1000000"], ["--start", "resnet20-nothing"]],
+)
 def test_pretraining_mistakes(tmp_path, arguments):
     assert_one_line_error(script("pretrain", "--dataset", "signs", *arguments, "--output", tmp_path / "run"))
+
+
+def test_unknown_checkpoint(tmp_path):
+    done = script("certify_checkpoints", "resnet20-nothing", "--output", tmp_path / "out")
+    assert_one_line_error(done, "resnet20-signs-sigma0.5-gaussian")
+    assert not (tmp_path / "out").exists()
 
 
 SHORT = ["--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "10", "--test-n", "50"]
@@ -145,3 +154,35 @@ def test_pretraining_resumes_after_a_kill(tmp_path):
     assert done.returncode == 0 and "epoch 2" in done.stdout + done.stderr and "epoch 1 " not in done.stdout, done
     card = json.loads(state.with_name("resnet20-signs-sigma0.5-gaussian.json").read_text())
     assert card["recipe"]["epochs"] == 2 and len(card["digest"]) == 64 and 0 < card["accuracy_under_noise"]["test"] < 1
+
+
+@pytest.mark.slow
+def test_consistency_starts_from_a_checkpoint(tmp_path):
+    arguments = ["--dataset", "signs", "--training", "consistency", "--epochs", "1", "--batch", "256", "--output", str(tmp_path)]
+    assert script("pretrain", *arguments, "--start", "resnet20-signs-sigma0.5-gaussian").returncode == 0
+    name = "resnet20-signs-sigma0.5-consistency"
+    card = json.loads((tmp_path / name / f"{name}.json").read_text())
+    assert (card["training"], card["recipe"]["noises"], card["recipe"]["consistency"]) == ("consistency", 2, 10.0)
+    shipped = json.loads((ROOT / "arq_env/networks/weights/resnet20-signs-sigma0.5-gaussian.json").read_text())
+    assert card["recipe"]["start"] == shipped["digest"]
+    again = script("pretrain", *arguments, "--start", str(tmp_path / name / f"{name}.safetensors"))
+    assert again.returncode == 2 and "another recipe" in again.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_checkpoints_are_certified_killed_and_resumed(tmp_path):
+    name, arguments = "resnet20-signs-sigma0.5-gaussian", ["--every", "60", "--n0", "10", "--n", "600"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = script("certify_checkpoints", name, *arguments, "--output", whole)
+    assert done.returncode == 0 and "| signs | 0.5 | gaussian | 600 |" in done.stdout, done
+    command = [sys.executable, "experiments/certify_checkpoints.py", name, *arguments, "--output", str(cut)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = cut / f"{name}-n600.tsv"
+    while not (log.exists() and len(log.read_text().splitlines()) > 1):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert script("certify_checkpoints", name, *arguments, "--output", cut).returncode == 0
+    whole, cut = (json.loads((folder / f"{name}-n600.json").read_text()) for folder in (whole, cut))
+    assert cut["acr"] == whole["acr"] > 0 and cut["images"] == 34 and cut["digest"] == whole["digest"]

@@ -1,0 +1,280 @@
+"""Measure the certifier: time against adversarial-robustness-toolbox, samples against ACR for every method.
+
+The speed table times real runs side by side. The samples table draws the noise once, at the largest n, and lets every method
+take its samples from this record, so that all methods see the same noise.
+"""
+
+import time
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from arq_env import ArqError, command_line
+from arq_env.bitwidths import uniform
+from arq_env.certification import METHODS, PredictionCache, certify, smoothing_radius
+from arq_env.certification.chunks import classifier_digest
+from arq_env.certification.methods import Request
+from arq_env.certification.sampling import ESTIMATION, FRESH, SELECTION, Sampler
+from arq_env.evaluation import Evaluator
+from arq_env.files import write_json
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+
+PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
+RADIUS = 0.5
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--images", type=command_line.whole(2, 500), default=50, help="test images, evenly spaced")
+    parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
+    parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the tables and the plot"
+    )
+    return parser.parse_args()
+
+
+class Recorded:
+    """In place of a sampler: predictions that were made before, a stream for each purpose.
+
+    :param predictions: purpose to [images, samples]
+    """
+
+    def __init__(self, predictions: dict[int, np.ndarray], digests: list[str], seed: int):
+        self.predictions, self.digests, self.seed = predictions, digests, seed
+        self._used = {purpose: np.zeros(len(digests), int) for purpose in predictions}
+
+    def __len__(self):
+        return len(self.digests)
+
+    def stream(self, purpose, row):
+        return np.random.default_rng([self.seed, purpose, row])
+
+    def select(self, n):
+        votes = [np.bincount(row) for row in self.predict(SELECTION, n)]
+        return np.array([v.argmax() for v in votes]), np.array([v.max() for v in votes])
+
+    def count(self, purpose, n, classes, rows=None):
+        return (self.predict(purpose, n, rows) == np.asarray(classes)[:, None]).sum(1)
+
+    def predict(self, purpose, n, rows=None):
+        rows = np.arange(len(self)) if rows is None else rows
+        taken = [self.predictions[purpose][row, (used := self._used[purpose][row]) : used + n] for row in rows]
+        self._used[purpose][rows] += n
+        return np.stack(taken)
+
+
+def record(network, problem, images, counts: dict[int, int], seed: int, what: str) -> tuple[dict[int, np.ndarray], list[str]]:
+    """Predictions of noisy copies, as many for each purpose as asked for; and the images' digests."""
+    settings = {"sigma": problem.sigma, "seed": seed, "batch_size": 32 if problem.device.type == "cpu" else 1_024}
+    samplers = [Sampler(network, image[None].numpy(), [i], device=problem.device, **settings) for i, image in enumerate(images)]
+    parts = [{purpose: s.predict(purpose, n) for purpose, n in counts.items()} for s in tqdm(samplers, desc=what)]
+    return {purpose: np.concatenate([part[purpose] for part in parts]) for purpose in counts}, [s.digests[0] for s in samplers]
+
+
+def speed(problem, images, labels, n: int, seed: int) -> dict:
+    """Seconds for cohen, for the other tool and for bare forward passes, taken in turns on parts of the images."""
+    try:
+        from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+    except ImportError as error:
+        raise ArqError(f'the other tool is missing ({error}): pip install -e ".[test]"') from error
+
+    network, n0, alpha = problem.network, 100, 0.001
+    other = PyTorchRandomizedSmoothing(
+        model=network,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=problem.input_shape,
+        nb_classes=len(problem.dataset.classes),
+        device_type="cpu" if problem.device.type == "cpu" else "gpu",
+        sample_size=n0,
+        scale=problem.sigma,
+        alpha=alpha,
+    )
+    batch = torch.rand(32, *problem.input_shape).to(problem.device, memory_format=torch.channels_last)
+    seconds, ours_acr, other_acr = {"ours": 0.0, "art": 0.0, "bare": 0.0}, [], []
+    bare_forwards = 0
+
+    def timed(name, call):
+        start = time.perf_counter()
+        result = call()
+        seconds[name] += time.perf_counter() - start
+        return result
+
+    @torch.inference_mode()
+    def bare(count):
+        for _ in range(count // len(batch)):
+            network(batch)
+
+    bare(320)
+    for part in tqdm(np.array_split(np.arange(len(images)), 5), desc="speed"):
+        few, of = images[part], labels[part]
+        got = timed(
+            "ours", lambda few=few, of=of: certify(network, few, of, sigma=problem.sigma, n0=n0, n=n, alpha=alpha, seed=seed)
+        )
+        count = 32 * (len(part) * (n0 + n) // 4 // 32)  # a quarter of the forwards is enough to know their rate
+        timed("bare", lambda count=count: bare(count))
+        bare_forwards += count
+        prediction, radius = timed("art", lambda few=few: other.certify(few.numpy(), n=n))
+        ours_acr.append(got.certified_radius)
+        other_acr.append(np.where(prediction == of, radius, 0))
+    forwards = len(images) * (n0 + n)
+    return {
+        "images": len(images),
+        "n": n,
+        "seconds": {"ours": seconds["ours"], "adversarial-robustness-toolbox": seconds["art"]},
+        "time_ratio": seconds["ours"] / seconds["art"],
+        "forwards_per_second": {"ours": forwards / seconds["ours"], "bare": bare_forwards / seconds["bare"]},
+        "share_of_bare_rate": forwards / seconds["ours"] / (bare_forwards / seconds["bare"]),
+        "acr": {
+            "ours": float(np.concatenate(ours_acr).mean()),
+            "adversarial-robustness-toolbox": float(np.concatenate(other_acr).mean()),
+        },
+        "peak_megabytes": {f"n={count}": peak_megabytes(images[:1], count, seed) for count in (n // 10, n, 10 * n)},
+    }
+
+
+def peak_megabytes(image, n: int, seed: int) -> float:
+    """Most memory that Python and NumPy hold while one image is certified for a classifier that needs none."""
+    tracemalloc.start()
+    certify(lambda batch: np.zeros(len(batch), int), image.numpy(), [0], sigma=0.5, n=n, seed=seed)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak / 1e6
+
+
+def run_method(method: str, labels, predictions, digests, request: Request, seed: int) -> dict:
+    """ACR, clean accuracy and samples an image of one method on recorded predictions."""
+    selected, lower, n, _ = METHODS[method](Recorded(predictions, digests, seed), labels, request)
+    radius = np.where((lower > 0.5) & (selected == labels), smoothing_radius(request.sigma, lower), 0)
+    pilot = 0 if request.cache else request.n0
+    return {"acr": float(radius.mean()), "samples_an_image": float(n.mean()) + pilot, "radius": radius}
+
+
+def samples(problem, images, labels, n: int, replayed: int, seed: int) -> dict:
+    """All methods on the same noise: FP32 by each, and quantized variants by replaying FP32's."""
+    request = Request(problem.sigma, 100, n, 0.001, None, 0.3, 0.99, None)
+    evaluator = Evaluator(problem)
+    counts = {SELECTION: request.n0, ESTIMATION: n}
+    fp32, digests = record(problem.network, problem, images, counts, seed, "FP32")
+    full = run_method("cohen", labels, fp32, digests, request, seed)
+    rows, curve = {}, {"cohen": [], "randomized": [], "sequential": []}
+    for size in np.unique(np.geomspace(100, n, 9).astype(int)):
+        for method in ("cohen", "randomized"):
+            curve[method].append(run_method(method, labels, fp32, digests, replace(request, n=int(size)), seed))
+    for price in PRICES:
+        got = run_method("sequential", labels, fp32, digests, replace(request, price=price), seed)
+        curve["sequential"].append(got | {"price": price})
+        rows[f"sequential, price {price:g}"] = got
+    for points in curve.values():
+        for point in points:
+            point["acr_ratio"] = point["acr"] / full["acr"]
+            point["samples_ratio"] = point["samples_an_image"] / full["samples_an_image"]
+
+    decided = run_method("sequential", labels, fp32, digests, replace(request, radius=RADIUS), seed)
+    yes, cohen_yes = decided["radius"] >= RADIUS, full["radius"] >= RADIUS
+    decision = {
+        "radius": RADIUS,
+        "samples_an_image": decided["samples_an_image"],
+        "samples_ratio": decided["samples_an_image"] / full["samples_an_image"],
+        "certified": int(yes.sum()),
+        "certified_by_cohen": int(cohen_yes.sum()),
+        "certified_by_both": int((yes & cohen_yes).sum()),
+    }
+
+    top = np.array([np.bincount(row).argmax() for row in fp32[SELECTION]])
+    cache = PredictionCache(
+        classes=top,
+        counts=(fp32[ESTIMATION] == top[:, None]).sum(1),
+        predictions=fp32[ESTIMATION].astype(np.uint8),
+        digests=digests,
+        sigma=problem.sigma,
+        seed=seed,
+        n0=request.n0,
+        network=classifier_digest(problem.network),
+    )
+    variants = {}
+    for bits in (8, 6, 4):
+        network = evaluator.quantizer.quantize(uniform(problem.layers, bits, bits))
+        counts = {SELECTION: request.n0, ESTIMATION: n, FRESH: replayed}
+        own, _ = record(network, problem, images, counts, seed, f"W{bits}A{bits}")
+        few = replace(request, n=replayed)
+        full_variant = run_method("cohen", labels, own, digests, request, seed)
+        table = {f"cohen, n={n}": full_variant, f"cohen, n={replayed}": run_method("cohen", labels, own, digests, few, seed)}
+        for method in ("incremental", "paired"):
+            table[f"{method}, n={replayed}"] = run_method(method, labels, own, digests, replace(few, cache=cache), seed)
+        variants[f"W{bits}A{bits}"] = {
+            "disagreement": float((own[ESTIMATION] != fp32[ESTIMATION]).mean()),
+            "methods": {name: plain(row) for name, row in table.items()},
+        }
+    return {
+        "cohen": plain(full),
+        "curve": {method: [plain(point) for point in points] for method, points in curve.items()},
+        "decision": decision,
+        "variants": variants,
+    }
+
+
+def plain(row: dict) -> dict:
+    """Without the radii."""
+    return {name: value for name, value in row.items() if name != "radius"}
+
+
+def plot(curve: dict, path: Path) -> None:
+    """ACR against samples an image, a line a method."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for method, points in curve.items():
+        axes.plot([p["samples_an_image"] for p in points], [p["acr"] for p in points], marker="o", label=method)
+    axes.set(xscale="log", xlabel="noise samples an image, those of the selection included", ylabel="ACR")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main():
+    options = parse()
+    problem = load_problem("resnet20", "cifar10", sigma=0.5, device=options.device)
+    images, labels = problem.test_images(every=10_000 // options.images)
+    images, labels = images[: options.images], labels[: options.images]
+    document = {"checkpoint": problem.card["digest"], "sigma": problem.sigma, "seed": options.seed}
+    document["speed"] = speed(problem, images, labels, options.n, options.seed)
+    document["samples"] = samples(problem, images, labels, options.n, options.replayed, options.seed)
+    write_json(options.output / "benchmark.json", document | {"provenance": provenance()})
+    plot(document["samples"]["curve"], options.output / "acr_against_samples.png")
+    report(document)
+
+
+def report(document: dict) -> None:
+    """Print what matters."""
+    fast, taken = document["speed"], document["samples"]
+    print(f"cohen takes {fast['time_ratio']:.2f} of adversarial-robustness-toolbox's time for the same n")
+    print(f"it runs at {fast['share_of_bare_rate']:.0%} of the rate of bare forward passes")
+    print("peak memory beside the network: " + ", ".join(f"{n}: {mb:.1f} MB" for n, mb in fast["peak_megabytes"].items()))
+    decision = taken["decision"]
+    print(
+        f"certified at {decision['radius']} or not: {decision['samples_ratio']:.3f} of cohen's samples; "
+        f"{decision['certified']} images, cohen {decision['certified_by_cohen']}, both {decision['certified_by_both']}"
+    )
+    for point in taken["curve"]["sequential"]:
+        ratios = f"{point['acr_ratio']:.3f} of the ACR, {point['samples_ratio']:.3f} of the samples"
+        print(f"sequential, price {point['price']:g}: {ratios}")
+    for variant, table in taken["variants"].items():
+        print(f"{variant}, disagreement {table['disagreement']:.1%}")
+        for method, row in table["methods"].items():
+            print(f"  {method}: ACR {row['acr']:.4f}, {row['samples_an_image']:.0f} samples an image")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

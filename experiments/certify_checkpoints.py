@@ -1,0 +1,89 @@
+"""Certify shipped FP32 networks on test images and print the table of references.
+
+Stop it at any time: every image that is done is in the TSV table of its network, and the same command goes on there.
+"""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from arq_env import ArqError, command_line
+from arq_env.certification import certify, estimate_seconds
+from arq_env.comparison import TestSettings, summarize
+from arq_env.files import write_json
+from arq_env.networks.checkpoints import shipped
+from arq_env.networks.compiled import CompiledNetwork
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+from arq_env.report import reference_table
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="shipped checkpoints, such as resnet20-cifar10-sigma0.5-gaussian; all by default"
+    )
+    command_line.add_test_settings(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the network first (needs a C++ compiler; pays for n = 1,000)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, default=Path("runs/references"), help="folder for tables and figures")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
+    there = {checkpoint.name: checkpoint for checkpoint in shipped()}
+    for name in options.names or there:
+        if name not in there:
+            raise ArqError(f"there is no checkpoint {name} (there: {', '.join(there)}): choose one of them")
+        certify_one(there[name], settings, options)
+    documents = [json.loads(path.read_text()) for path in sorted(options.output.glob("*-n*.json")) if ".settings" not in path.name]
+    print(reference_table(documents))
+
+
+def certify_one(checkpoint, settings, options):
+    """Write ``NAME-nN.tsv``, image by image, and ``NAME-nN.json``, the figures."""
+    problem = load_problem(
+        checkpoint.network, checkpoint.dataset, sigma=checkpoint.sigma, training=checkpoint.training, device=options.device
+    )
+    stem = options.output / f"{checkpoint.name}-n{settings.n}"
+    images, labels = problem.test_images(settings.every, settings.offset)
+    network = CompiledNetwork(problem.network) if options.compile else problem.network
+    arguments = {"sigma": problem.sigma, "batch_size": network.batch_size if options.compile else None}
+    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n, batch_size=arguments["batch_size"])
+    print(f"{checkpoint.name}, n = {settings.n}: about {seconds / 60:.1f} minutes for {len(images)} images")
+    table = certify(
+        network,
+        images,
+        labels,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        progress=partial(tqdm, desc=checkpoint.name),
+        log=stem.with_name(stem.name + ".tsv"),
+        **arguments,
+    )
+    document = {
+        "checkpoint": checkpoint.name,
+        "digest": problem.card["digest"],
+        "dataset": checkpoint.dataset,
+        "sigma": checkpoint.sigma,
+        "training": checkpoint.training,
+        "images": len(table),
+        "settings": asdict(settings),
+        **summarize(table),
+        "minutes": float(table.seconds.sum()) / 60,
+        "provenance": provenance(),
+    }
+    write_json(stem.with_name(stem.name + ".json"), document)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
