@@ -31,8 +31,15 @@ def free_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 
 def complete(chosen: BitWidthMap, layers: tuple[Layer, ...], end_bits: int = END_BITS) -> BitWidthMap:
-    """Add ``end_bits`` for every layer that ``chosen`` leaves out, in the order of ``layers``."""
-    return {layer.name: chosen.get(layer.name, Bits(end_bits, end_bits)) for layer in layers}
+    """Add ``end_bits`` for every layer that ``chosen`` leaves out, in the order of ``layers``.
+
+    A layer that reads the same tensor as an earlier one gets that one's activation bits.
+    """
+    bit_widths = {}
+    for layer in layers:
+        bits = chosen.get(layer.name, Bits(end_bits, end_bits))
+        bit_widths[layer.name] = bits if layer.tied_to is None else bits._replace(activation=bit_widths[layer.tied_to].activation)
+    return bit_widths
 
 
 def uniform(layers: tuple[Layer, ...], weight: int, activation: int, end_bits: int = END_BITS) -> BitWidthMap:
@@ -59,6 +66,9 @@ def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:
         for kind, value in zip(Bits._fields, bits, strict=True):
             if type(value) is not int or not MIN_BITS <= value <= MAX_BITS:
                 raise ArqError(f"layer {name!r} has {kind} bits {value!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
+    for layer in layers:
+        if layer.tied_to is not None and bit_widths[layer.name].activation != bit_widths[layer.tied_to].activation:
+            raise ArqError(f"layers {layer.tied_to!r} and {layer.name!r} read the same tensor: give both the same activation bits")
 
 
 def save_map(path: Path, bit_widths: BitWidthMap, layers: tuple[Layer, ...], **header) -> None:
@@ -102,4 +112,4 @@ def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
             f"{path} is not a bit-width map ({type(error).__name__}: {error}): it needs format, version and layers"
         ) from error
     check_map(bit_widths, layers)
-    return complete(bit_widths, layers), document
+    return {layer.name: bit_widths[layer.name] for layer in layers}, document

@@ -3,13 +3,15 @@
 import math
 import numbers
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, free_layers
+from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete, free_layers
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
 
 
 class BopsBudget:
     """A limit on bit operations (MACs x weight bits x activation bits), spent layer by layer.
+
+    The methods take the bits chosen so far, of the first few free layers.
 
     :param layers: all layers of the network, in order
     :param fraction: the limit as a fraction of FP32's BOPs (32 x 32 a MAC), in (0, 1]
@@ -22,32 +24,44 @@ class BopsBudget:
             raise ArqError(f"the budget is {fraction!r}: give a fraction of FP32's bit operations in (0, 1], such as 0.015625")
         if end_bits not in range(MIN_BITS, MAX_BITS + 1):
             raise ArqError(f"end_bits is {end_bits!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
-        free = free_layers(layers)
+        self.layers, self.free, self.end_bits = layers, free_layers(layers), end_bits
         fp32 = 1024 * sum(layer.macs for layer in layers)
-        ends = end_bits**2 * sum(layer.macs for layer in layers if layer not in free)
-        macs = [layer.macs for layer in free]
         self.fraction = float(fraction)
-        self.limit = math.floor(fraction * fp32) - ends
+        self.limit = math.floor(fraction * fp32)
+        macs = [layer.macs for layer in self.free]
         #: MACs of the free layers from each step on, and 0 after the last.
         self.macs_from = [sum(macs[step:]) for step in range(len(macs) + 1)]
-        least = ends + MIN_BITS**2 * self.macs_from[0]
-        if least - ends > self.limit:
+        if (least := self.least({})) > self.limit:
             raise ArqError(
                 f"a budget of {fraction:.6g} of FP32's bit operations cannot be met: the least reachable is "
                 f"{math.ceil(least / fp32 * 1e6) / 1e6:.6f} ({MIN_BITS} bits everywhere, {end_bits} in the first and last layer)"
             )
 
-    def even_share(self, step: int, spent: int) -> float:
-        """Weight bits x activation bits that every MAC from layer ``step`` on can have, as if all had the same."""
-        return (self.limit - spent) / self.macs_from[step]
+    def least(self, chosen: BitWidthMap) -> int:
+        """BOPs of the cheapest map that has these bits."""
+        rest = {layer.name: Bits(MIN_BITS, MIN_BITS) for layer in self.free[len(chosen) :]}
+        bit_widths = complete(rest | chosen, self.layers, self.end_bits)
+        return sum(layer.macs * math.prod(bit_widths[layer.name]) for layer in self.layers)
 
-    def fit(self, bits: Bits, step: int, spent: int) -> Bits:
-        """Take bits off, from the larger of the two first, until the layers after ``step`` can still have 2/2."""
-        macs = self.macs_from[step] - self.macs_from[step + 1]
-        affordable = (self.limit - spent - MIN_BITS**2 * self.macs_from[step + 1]) // macs
+    def even_share(self, chosen: BitWidthMap) -> float:
+        """Weight bits x activation bits that every MAC of the layers to come can have, as if all had the same."""
+        to_come = self.free[len(chosen) :]
+        nothing = dict.fromkeys((layer.name for layer in to_come), Bits(0, 0))
+        bit_widths = complete(nothing | chosen, self.layers, self.end_bits)
+        spent = sum(layer.macs * math.prod(bit_widths[layer.name]) for layer in self.layers)
+        return (self.limit - spent) / self.macs_from[len(chosen)]
+
+    def fit(self, bits: Bits, chosen: BitWidthMap) -> Bits:
+        """Take bits off the next layer's, from the larger of the two first, until the layers after it can still have 2/2.
+
+        A layer that reads the same tensor as an earlier one gets that one's activation bits.
+        """
+        layer = self.free[len(chosen)]
         weight, activation = (min(max(value, MIN_BITS), MAX_BITS) for value in bits)
-        while weight * activation > affordable:
-            if weight >= activation:
+        if layer.tied_to is not None:
+            activation = complete(chosen, self.layers, self.end_bits)[layer.tied_to].activation
+        while self.least(chosen | {layer.name: Bits(weight, activation)}) > self.limit:
+            if weight >= activation or layer.tied_to is not None:
                 weight -= 1
             else:
                 activation -= 1

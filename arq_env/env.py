@@ -52,7 +52,8 @@ class ArqEnv(gymnasium.Env):
     `Box(-1, 1, (2,), float32)`: weight and activation bits of this layer, relative to what the rest of the budget
     affords. 0 is an even share, the bits that all remaining layers could have alike; -1 and 1 are 1 bit fewer and
     more. The result is rounded, clipped to 2..8, and lowered until all later layers can still have 2/2, so that every map
-    that leaves the environment is within its budget.
+    that leaves the environment is within its budget. Layers that read the same tensor share its activation bits: the first of
+    them decides, and the others choose weight bits only.
 
     ## Rewards
     0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
@@ -112,7 +113,6 @@ class ArqEnv(gymnasium.Env):
     def _start(self, budget: BopsBudget) -> None:
         self.budget = budget
         self._chosen: dict[str, Bits] = {}
-        self._spent = 0
         self._previous = Bits(8, 8)
 
     def reset(self, *, seed=None, options=None):
@@ -131,23 +131,21 @@ class ArqEnv(gymnasium.Env):
         if step == len(self.free_layers):
             raise gymnasium.error.ResetNeeded("the episode is over: call reset() before the next step")
         layer = self.free_layers[step]
-        bits = self.budget.fit(self._bits(action, step), step, self._spent)
-        self._chosen[layer.name] = self._previous = bits
-        self._spent += layer.macs * bits.weight * bits.activation
+        self._chosen[layer.name] = self._previous = self.budget.fit(self._bits(action), self._chosen)
         if step + 1 < len(self.free_layers):
             return self._observe(), 0.0, False, False, {}
         return self._observe(), *self._verdict()
 
-    def _bits(self, action, step: int) -> Bits:
+    def _bits(self, action) -> Bits:
         """Bits relative to an even share of what is left of the budget."""
         weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
         if not (math.isfinite(weight) and math.isfinite(activation)):
             raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
-        share = min(math.sqrt(self.budget.even_share(step, self._spent)), MAX_BITS)  # so that a large budget leaves a choice
+        share = min(math.sqrt(self.budget.even_share(self._chosen)), MAX_BITS)  # so that a large budget leaves a choice
         return Bits(*(math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation)))
 
     def _observe(self) -> np.ndarray:
-        return observe(self._static, self.budget, len(self._chosen), self._spent, self._previous)
+        return observe(self._static, self.budget, self._chosen, self._previous)
 
     def _verdict(self):
         bit_widths = complete(self._chosen, self.layers, self.end_bits)

@@ -19,6 +19,8 @@ class Layer:
     :param input_size: positions of the input feature map (h times w; 1 for Linear)
     :param macs: multiply-accumulates for one image, over all calls of the layer
     :param parameters: number of weights, without bias
+    :param tied_to: the first layer that reads the same tensor as this one, so that both have the same activation bits;
+        None for a layer that reads a tensor first
     """
 
     name: str
@@ -31,6 +33,7 @@ class Layer:
     input_size: int
     macs: int
     parameters: int
+    tied_to: str | None = None
 
 
 def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer, ...]:
@@ -39,12 +42,12 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer
     :param input_shape: of one image, as [c, h, w]
     :raises ArqError: when there is none, naming the module types that are there; when two names share a module
     """
-    calls: dict[str, tuple[torch.Size, int]] = {}
+    calls: dict[str, tuple[torch.Tensor, int]] = {}  # the tensors are kept, so that each has an identity of its own
 
     def record(name):
         def hook(module, inputs, output):
-            _, macs = calls.get(name, (None, 0))
-            calls[name] = (inputs[0].shape, macs + _macs(module, output))
+            read, macs = calls.get(name, (inputs[0], 0))
+            calls[name] = (read, macs + _macs(module, output))
 
         return hook
 
@@ -72,7 +75,13 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer
             "the network uses no Conv2d and no Linear layer, so there is nothing to quantize; it is made of "
             + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         )
-    return tuple(_describe(name, modules[name], *seen) for name, seen in calls.items())
+    readers: dict[int, str] = {}
+    for name, (read, _) in calls.items():
+        readers.setdefault(id(read), name)
+    return tuple(
+        _describe(name, modules[name], read.shape, macs, first if (first := readers[id(read)]) != name else None)
+        for name, (read, macs) in calls.items()
+    )
 
 
 def _macs(module, output) -> int:
@@ -81,7 +90,7 @@ def _macs(module, output) -> int:
     return positions * per_output
 
 
-def _describe(name, module, shape, macs) -> Layer:
+def _describe(name, module, shape, macs, tied_to) -> Layer:
     conv = isinstance(module, nn.Conv2d)
     return Layer(
         name=name,
@@ -94,4 +103,5 @@ def _describe(name, module, shape, macs) -> Layer:
         input_size=math.prod(shape[2:]) if conv else math.prod(shape[1:-1]),
         macs=macs,
         parameters=module.weight.numel(),
+        tied_to=tied_to,
     )

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from arq_env.bitwidths import MAX_BITS, Bits
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap
 from arq_env.budget import BopsBudget
 from arq_env.layers import Layer
 
@@ -49,19 +49,20 @@ def static_features(layers: tuple[Layer, ...]) -> np.ndarray:
     return ((table - low) / np.where(high > low, high - low, 1)).astype(np.float32)
 
 
-def observe(static: np.ndarray, budget: BopsBudget, step: int, spent: int, previous: Bits) -> np.ndarray:
-    """The row for layer ``step``, of :data:`FEATURES`; after the last step, the last layer's with nothing left to do.
+def observe(static: np.ndarray, budget: BopsBudget, chosen: BitWidthMap, previous: Bits) -> np.ndarray:
+    """The row for the next layer, of :data:`FEATURES`; after the last step, the last layer's with nothing left to do.
 
     The three budget features make the decision Markov under a budget: how much work is left, what an even share of
     the whole budget was, and what an even share of the rest is now (both as the square root of bits x bits, over 8).
     """
+    step = len(chosen)
     over = step == len(static)
     row = np.empty(len(FEATURES), np.float32)
     row[: len(STATIC)] = static[step - over]
-    left = 0.0 if over else budget.even_share(step, spent)
+    left = 0.0 if over else budget.even_share(chosen)
     row[len(STATIC) :] = (
         budget.macs_from[step] / budget.macs_from[0],
-        min(math.sqrt(budget.even_share(0, 0)) / MAX_BITS, 1),
+        min(math.sqrt(budget.even_share({})) / MAX_BITS, 1),
         min(math.sqrt(left) / MAX_BITS, 1),
         previous.weight / MAX_BITS,
         previous.activation / MAX_BITS,

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,19 +30,65 @@ def test_uniform_fractions(bits, fraction):
 
 @given(st.floats(0.0046, 0.08), st.lists(st.tuples(st.integers(-3, 12), st.integers(-3, 12)), min_size=18, max_size=18))
 def test_whatever_is_asked_for_fits(fraction, wishes):
-    budget, spent, chosen = BopsBudget(LAYERS, fraction), 0, {}
-    for step, (layer, wish) in enumerate(zip(LAYERS[1:-1], wishes, strict=True)):
-        bits = chosen[layer.name] = budget.fit(Bits(*wish), step, spent)
+    budget, chosen = BopsBudget(LAYERS, fraction), {}
+    for layer, wish in zip(LAYERS[1:-1], wishes, strict=True):
+        bits = chosen[layer.name] = budget.fit(Bits(*wish), chosen)
         assert min(bits) >= 2 and max(bits) <= 8
-        spent += layer.macs * bits.weight * bits.activation
     assert bops_fraction(complete(chosen, LAYERS), LAYERS) <= fraction
 
 
 def test_asking_for_an_even_share_gives_it():
     budget = BopsBudget(LAYERS, bops_fraction(uniform(LAYERS, 4, 4), LAYERS))
-    assert budget.even_share(0, 0) == pytest.approx(16, abs=1e-5)
-    assert budget.fit(Bits(4, 4), 0, 0) == (4, 4)
-    assert budget.fit(Bits(9, 0), 0, 0) == (8, 2)
+    assert budget.even_share({}) == pytest.approx(16, abs=1e-5)
+    assert budget.fit(Bits(4, 4), {}) == (4, 4)
+    assert budget.fit(Bits(9, 0), {}) == (8, 2)
+    first = LAYERS[1]
+    left = budget.limit - budget.least({}) + 4 * budget.macs_from[0] - first.macs * 8 * 4
+    assert budget.even_share({first.name: Bits(8, 4)}) == pytest.approx(left / budget.macs_from[1])
+
+
+class Projected(torch.nn.Module):
+    """Two residual blocks with projection shortcuts, as in larger ResNets; the second projection is the last layer but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3)
+        for block in (1, 2):
+            self.add_module(f"conv{block}", torch.nn.Conv2d(4, 4, 1))
+            self.add_module(f"shortcut{block}", torch.nn.Conv2d(4, 4, 1))
+        self.fc = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.conv1(x).relu() + self.shortcut1(x)).relu_()
+        x = (self.conv2(x) + self.shortcut2(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+TIED = find_layers(Projected(), (3, 8, 8))
+
+
+def test_layers_that_read_one_tensor_are_tied():
+    ties = {layer.name: layer.tied_to for layer in TIED}
+    assert ties == {"stem": None, "conv1": None, "shortcut1": "conv1", "conv2": None, "shortcut2": "conv2", "fc": None}
+    assert not any(layer.tied_to for layer in LAYERS)  # parameter-free shortcuts read nothing through a layer
+
+
+@given(st.floats(0.041, 0.1), st.lists(st.tuples(st.integers(2, 8), st.integers(2, 8)), min_size=4, max_size=4))
+def test_tied_layers_share_activation_bits_within_the_budget(fraction, wishes):
+    budget, chosen = BopsBudget(TIED, fraction), {}
+    for layer, wish in zip(TIED[1:-1], wishes, strict=True):
+        chosen[layer.name] = budget.fit(Bits(*wish), chosen)
+    bit_widths = complete(chosen, TIED)
+    assert all(bit_widths[f"conv{b}"].activation == bit_widths[f"shortcut{b}"].activation for b in (1, 2))
+    assert bit_widths | chosen == bit_widths and bops_fraction(bit_widths, TIED) <= fraction
+
+
+def test_a_map_that_breaks_a_tie_names_the_layers(tmp_path):
+    bit_widths = uniform(TIED, 4, 4) | {"shortcut2": Bits(4, 5)}
+    save_map(tmp_path / "map.json", bit_widths, TIED, **HEADER)
+    with pytest.raises(ArqError, match="'conv2' and 'shortcut2' read the same tensor"):
+        load_map(tmp_path / "map.json", TIED)
 
 
 @pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan"), "much", None])

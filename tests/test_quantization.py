@@ -9,7 +9,15 @@ from arq_env.bitwidths import Bits, uniform
 from arq_env.layers import find_layers
 from arq_env.quantization import Quantizer
 from arq_env.quantization.calibrate import reestimate_batch_norm
-from arq_env.quantization.modules import QuantizedConv2d, QuantizedLinear
+from arq_env.quantization.modules import (
+    LearnableConv2d,
+    LearnableLayer,
+    LearnableLinear,
+    QuantizedConv2d,
+    QuantizedLinear,
+    learned_rounding,
+)
+from tests.test_layers_and_budget import Projected
 from tests.toy import SHAPE
 
 
@@ -98,3 +106,75 @@ def test_any_module_and_one_with_nothing_to_quantize():
         find_layers(network, SHAPE)
     with pytest.raises(ArqError, match="2 ReLU"):
         find_layers(nn.Sequential(nn.ReLU(), nn.ReLU()), SHAPE)
+
+
+def test_learnable_network_computes_what_the_quantized_one_does(quantizer, problem):
+    bit_widths = uniform(problem.layers, 3, 4)
+    images = problem.calibration_images(seed=1)[:64]
+    learnable = quantizer.learnable(bit_widths)
+    assert isinstance(learnable.middle, LearnableConv2d) and isinstance(learnable.last, LearnableLinear)
+    with torch.inference_mode():
+        torch.testing.assert_close(learnable(images), quantizer.quantize(bit_widths)(images), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():  # as if it had been trained
+        for module in (learnable.first, learnable.middle, learnable.deep, learnable.last):
+            module.weight += 0.02 * torch.randn_like(module.weight)
+            module.weight_step *= 1.1
+            module.activation_step *= 0.9
+        reestimate_batch_norm(learnable, quantizer.images)
+    frozen = quantizer.freeze(learnable)
+    assert isinstance(frozen.middle, QuantizedConv2d) and (frozen.middle.weight_bits, frozen.middle.activation_bits) == (3, 4)
+    assert not frozen.training and not any(isinstance(m, LearnableLayer) for m in frozen.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(frozen(images), learnable(images), atol=1e-4, rtol=1e-4)
+
+
+def test_learning_lowers_the_error_of_two_bits(quantizer, problem):
+    """A few steps on the FP32 network's own outputs, with weights and step sizes free."""
+    learnable, images = quantizer.learnable(uniform(problem.layers, 2, 2)), problem.calibration_images()[:256]
+    optimizer = torch.optim.Adam(learnable.parameters(), 2e-3)
+    with torch.no_grad():
+        target = problem.network(images)
+    errors = []
+    for _ in range(30):
+        loss = nn.functional.mse_loss(learnable(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.5 * errors[0]
+    assert all(parameter.grad is not None for parameter in learnable.parameters())
+
+
+def test_gradients_are_those_of_lsq():
+    """Inside the range the step learns from the rounding error, outside from the bound; values learn inside only."""
+    x = torch.tensor([0.26, -0.9, 3.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    learned_rounding(x, step, -1, 3, elements=3).sum().backward()
+    inside = round(0.26 / 0.5) - 0.26 / 0.5
+    assert step.grad.item() == pytest.approx((inside - 1 + 3) / (3 * 3) ** 0.5, rel=1e-5)
+    assert x.grad.tolist() == [1, 0, 0]
+
+
+def test_a_step_below_zero_stays_usable():
+    step = torch.tensor(-0.1, requires_grad=True)
+    assert learned_rounding(torch.ones(3), step, 0, 3, elements=3).isfinite().all()
+
+
+def test_tied_layers_share_one_step():
+    network = Projected().eval()
+    layers = find_layers(network, (3, 8, 8))
+    quantizer = Quantizer(network, layers, torch.rand(64, 3, 8, 8))
+    quantized, learnable = quantizer.quantize(uniform(layers, 4, 4)), quantizer.learnable(uniform(layers, 4, 4))
+    assert quantized.conv1.activation_step == quantized.shortcut1.activation_step != quantized.conv2.activation_step
+    assert learnable.conv1.activation_step is learnable.shortcut1.activation_step
+    assert quantizer.freeze(learnable).conv2.activation_step == learnable.shortcut2.activation_step
+
+
+def test_half_precision_is_an_error_that_names_the_layer(problem, quantizer):
+    half = copy.deepcopy(problem.network)
+    half.middle.half()
+    with pytest.raises(ArqError, match="'middle' has weights of torch.float16"):
+        Quantizer(half, problem.layers, problem.calibration_images())
+    quantized = quantizer.quantize(uniform(problem.layers, 4, 4))
+    with pytest.raises(ArqError, match="'first' was given torch.float16"):
+        quantized(torch.zeros(1, *SHAPE, dtype=torch.float16))

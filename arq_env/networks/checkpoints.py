@@ -89,8 +89,8 @@ def load_weights(network: torch.nn.Module, path: Path) -> dict:
                 f"{path} is damaged (SHA-256 differs from its card's): restore it or train it again with experiments/pretrain.py"
             )
         network.load_state_dict(load(data), assign=True)
+    except ArqError:
+        raise
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ArqError):
-            raise
         raise ArqError(f"{path} cannot be loaded ({error}): restore it or train it again with experiments/pretrain.py") from error
     return card

@@ -1,5 +1,6 @@
 """Quantization for certification: from a network and a bit-width map to a quantized network."""
 
 from arq_env.quantization.convert import Quantizer
+from arq_env.quantization.files import load_quantized, model_bytes, save_quantized
 
-__all__ = ["Quantizer"]
+__all__ = ["Quantizer", "load_quantized", "model_bytes", "save_quantized"]
