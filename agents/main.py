@@ -27,13 +27,19 @@ def main(algorithm: str) -> None:
         algorithm,
         f"Search a bit-width map with {name} (stable-baselines3). Stop it at any time: the same command goes on.",
     )
+    trained = "" if options.training == "gaussian" else f"-{options.training}"
     folder = (
         options.output
-        or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}-seed{options.seed}"
+        or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}{trained}-seed{options.seed}"
     )
     try:
         env = gymnasium.make(
-            options.env, budget=options.budget, sigma=options.sigma, device=options.device, disable_env_checker=True
+            options.env,
+            budget=options.budget,
+            sigma=options.sigma,
+            training=options.training,
+            device=options.device,
+            disable_env_checker=True,
         )
     except TypeError as error:  # an environment that takes no budget
         if "keyword argument" not in str(error):
@@ -70,6 +76,7 @@ def _parse(algorithm: str, description: str):
         default=0.5,
         help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
     )
+    parser.add_argument("--training", default="gaussian", help="how that checkpoint was trained: gaussian or consistency")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
     parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; the agent stays on the CPU")
     parser.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")

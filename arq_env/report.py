@@ -46,6 +46,26 @@ def reference_table(documents: list[dict]) -> str:
         acr = f"{d['acr']:.4f} +- {d['acr_standard_error']:.4f}"
         first = (d["dataset"], f"{d['sigma']:g}", d["training"], f"{d['settings']['n']:,}")
         rows.append((*first, acr, f"{d['clean_accuracy']:.3f}", *accuracies))
+    return _markdown(rows)
+
+
+def finals_table(rows: list[dict]) -> str:
+    """Finished networks as a Markdown table, from the rows that ``experiments/compare_finals.py`` writes."""
+    radii = ("0.25", "0.5", "0.75", "1")
+    head = ("base network", "map", "BOPs of FP32", "bytes", "ACR", "of FP32's", "difference", "clean accuracy")
+    table = [(*head, *(f"at {radius}" for radius in radii)), ("---",) * (len(head) + len(radii))]
+    for row in rows:
+        cells = [row["checkpoint"], row["map"], f"{row['bops_fraction']:.3%}", f"{row.get('model_bytes', '')}", f"{row['acr']:.4f}"]
+        if "acr_ratio" in row:
+            cells += [f"{row['acr_ratio']:.3f}", f"{row['acr_difference']:+.4f} +- {row['difference_standard_error']:.4f}"]
+        else:
+            cells += ["", ""]
+        cells += [f"{row['clean_accuracy']:.3f}", *(f"{row['certified_accuracy'][radius]:.3f}" for radius in radii)]
+        table.append(tuple(cells))
+    return _markdown(table)
+
+
+def _markdown(rows) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

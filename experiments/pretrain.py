@@ -32,6 +32,9 @@ def parse():
         help="start from these weights: a shipped checkpoint, such as resnet20-cifar10-sigma0.5-gaussian, or a .safetensors file",
     )
     parser.add_argument("--epochs", type=command_line.whole(1), default=Recipe.epochs, help="passes over the training images")
+    parser.add_argument(
+        "--cycles", type=command_line.whole(1), default=Recipe.cycles, help="times the learning rate rises and falls"
+    )
     parser.add_argument("--batch", type=command_line.whole(1), default=Recipe.batch, help="images a step")
     parser.add_argument("--peak-rate", type=float, default=Recipe.peak_rate, help="highest learning rate of the cycle")
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="L2 penalty of SGD")

@@ -83,6 +83,14 @@ def test_training_teaches_noise():
     assert accuracy > 0.6 > noisy_accuracy(fresh(), *toy_dataset().test, sigma=0.5)
 
 
+def test_each_cycle_ends_at_rest_and_starts_the_next(tmp_path):
+    history = train(fresh(), toy_dataset(), Recipe(epochs=4, batch=50, peak_rate=0.1, cycles=2), tmp_path)
+    rates = [record["rate"] for record in history]
+    assert rates[0] == rates[2] > 100 * rates[1] == 100 * rates[3]
+    with pytest.raises(ArqError, match="divisor"):
+        Recipe(epochs=4, cycles=3)
+
+
 def test_another_recipe_is_not_resumed(tmp_path):
     train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50), tmp_path)
     with pytest.raises(ArqError, match="another recipe"):

@@ -3,6 +3,7 @@
 Resumable at every epoch.
 """
 
+import functools
 import json
 import math
 import time
@@ -23,9 +24,13 @@ from arq_env.files import atomic_file
 class Recipe:
     """Everything that decides the trained weights, given network and data.
 
+    :param cycles: how often the rate rises to its peak and falls to zero, each time over ``epochs`` / ``cycles`` epochs (warm
+        restarts, Loshchilov and Hutter 2017)
     :param noises: noisy copies of each image in a step
     :param consistency: weight lambda of the copies' divergence from their mean prediction
     :param entropy: weight eta of the mean prediction's entropy
+    :param distillation: share of the teacher's predictions in the cross-entropy, against the labels
+    :param images: training images an epoch, drawn anew for each; 0 for all of them
     :param start: SHA-256 of the checkpoint it starts from; empty for weights drawn from ``seed``
     """
 
@@ -37,18 +42,25 @@ class Recipe:
     weight_decay: float = 2e-4
     seed: int = 0
     precision: str = "fp32"
+    cycles: int = 1
     noises: int = 1
     consistency: float = 0.0
     entropy: float = 0.0
+    distillation: float = 0.0
+    images: int = 0
     start: str = ""
 
     def __post_init__(self):
         for name in ("sigma", "epochs", "batch", "peak_rate", "noises"):
             if not getattr(self, name) > 0:
                 raise ArqError(f"{name} is {getattr(self, name)}: give a positive number")
-        for name in ("seed", "weight_decay", "consistency", "entropy"):
+        for name in ("seed", "weight_decay", "consistency", "entropy", "distillation", "images"):
             if not getattr(self, name) >= 0:
                 raise ArqError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.distillation > 1:
+            raise ArqError(f"distillation is {self.distillation}: give a share from 0 to 1")
+        if self.cycles < 1 or self.epochs % self.cycles:
+            raise ArqError(f"cycles is {self.cycles}: give a divisor of the {self.epochs} epochs")
 
 
 def training_method(training: str, sigma: float) -> dict:
@@ -70,22 +82,25 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
+    teacher: torch.nn.Module | None = None,
     device: str = "cpu",
     compile: bool = False,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:
-    """Train ``network`` in place with SGD (Nesterov) under a one-cycle rate.
+    """Train ``network`` in place with SGD (Nesterov), the rate rising and falling in one cycle or several.
 
     Each epoch takes one crop of each image, and ``noises`` noisy copies of it.
 
     After each epoch ``folder/training.pt`` holds weights, optimizer, schedule and history; a second call goes on from there
     and ends with the same weights as an uninterrupted one, since every epoch's generator is seeded by its number.
 
+    :param teacher: network whose predictions are distilled, in evaluation mode; needed where the recipe distils
     :param device: where images, noise and network live, as torch names it
     :param compile: run through ``torch.compile`` (needs a C++ compiler; pays after about two epochs)
     :param on_batch: called with the number of batches done since the last call, for a progress bar
-    :param on_epoch: called with each epoch's record: epoch, loss, rate, images_per_second, held_out_accuracy (under noise)
+    :param on_epoch: called with each epoch's record, which it may add to: epoch, loss, rate, images_per_second,
+        held_out_accuracy (under noise)
     :return: the records of all epochs
     :raises ArqError: when the folder holds another recipe's state
     """
@@ -93,19 +108,32 @@ def train(
     images = torch.as_tensor(dataset.train.images, device=device)
     labels = torch.as_tensor(dataset.train.labels, device=device)
     network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        network.parameters(), recipe.peak_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.peak_rate, epochs=recipe.epochs, steps_per_epoch=steps, pct_start=0.2, cycle_momentum=False
-    )
+    step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
+    others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
+    groups = [{"params": others}, {"params": step_sizes, "weight_decay": 0.0}] if step_sizes else others
+    optimizer = torch.optim.SGD(groups, recipe.peak_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True)
+
+    def new_cycle():
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            recipe.peak_rate,
+            total_steps=recipe.epochs // recipe.cycles * steps,
+            pct_start=0.2,
+            cycle_momentum=False,
+        )
+
+    schedule = new_cycle()
     history = _restore(folder, recipe, network, optimizer, schedule)
     on_batch(len(history) * steps)
     # Fusing multiplications with additions speeds up the loops around the convolutions.
-    forward = torch.compile(network, options={"cpp.enable_floating_point_contract_flag": "fast"}) if compile else network
+    compiled = functools.partial(torch.compile, options={"cpp.enable_floating_point_contract_flag": "fast"})
+    forward = compiled(network) if compile else network
+    teach = compiled(teacher) if compile and recipe.distillation else teacher
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     for epoch in range(len(history), recipe.epochs):
+        if epoch % (recipe.epochs // recipe.cycles) == 0:
+            schedule = new_cycle()
         generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=generator, device=device)
         network.train()
@@ -114,10 +142,21 @@ def train(
             batch = to_float(random_crop(images[chosen], generator, flip=dataset.flip))
             batch = torch.cat([batch] * recipe.noises)
             noise = torch.randn(batch.shape, generator=generator, device=device)
+            batch.add_(noise, alpha=recipe.sigma)
+            taught = None
             with autocast:
-                logits = forward(batch.add_(noise, alpha=recipe.sigma))
+                if recipe.distillation:
+                    with torch.no_grad():
+                        taught = teach(batch).float()
+                logits = forward(batch).float()
             loss = smoothing_loss(
-                logits.float(), labels[chosen], noises=recipe.noises, consistency=recipe.consistency, entropy=recipe.entropy
+                logits,
+                labels[chosen],
+                noises=recipe.noises,
+                consistency=recipe.consistency,
+                entropy=recipe.entropy,
+                teacher_logits=taught,
+                distillation=recipe.distillation,
             )
             optimizer.zero_grad()
             loss.backward()
@@ -132,13 +171,22 @@ def train(
             "images_per_second": steps * recipe.batch / (time.perf_counter() - start),
             "held_out_accuracy": noisy_accuracy(network, *dataset.reward, sigma=recipe.sigma, seed=recipe.seed),
         }
+        on_epoch(record)  # before the state is kept: an epoch cut off here is done again, and so is this call
         history.append(record)
         _save(folder, recipe, network, optimizer, schedule, history)
-        on_epoch(record)
     return history
 
 
-def smoothing_loss(logits, labels, *, noises: int = 1, consistency: float = 0.0, entropy: float = 0.0) -> torch.Tensor:
+def smoothing_loss(
+    logits,
+    labels,
+    *,
+    noises: int = 1,
+    consistency: float = 0.0,
+    entropy: float = 0.0,
+    teacher_logits: torch.Tensor | None = None,
+    distillation: float = 0.0,
+) -> torch.Tensor:
     """Mean cross-entropy over noisy copies, plus lambda mean_i KL(p || p_i) + eta H(p) for their mean prediction p.
 
     Jeong and Shin, Consistency Regularization for Certified Robustness of Smoothed Classifiers (NeurIPS 2020), equations 8 and 9.
@@ -147,9 +195,14 @@ def smoothing_loss(logits, labels, *, noises: int = 1, consistency: float = 0.0,
     :param labels: [b]
     :param consistency: lambda
     :param entropy: eta
+    :param teacher_logits: of another network on the same noisy copies, shape as ``logits``
+    :param distillation: share d of the teacher in the cross-entropy: (1 - d) CE(label, p_i) + d CE(teacher, p_i)
     """
     log_p = functional.log_softmax(logits, dim=1)
     loss = functional.nll_loss(log_p, labels.repeat(noises))
+    if distillation:
+        taught = -(functional.softmax(teacher_logits, dim=1) * log_p).sum(1).mean()
+        loss = (1 - distillation) * loss + distillation * taught
     if consistency or entropy:
         log_mean = log_p.unflatten(0, (noises, -1)).logsumexp(0) - math.log(noises)
         mean = log_mean.exp()
@@ -164,9 +217,12 @@ def batches_per_epoch(dataset: Dataset, recipe: Recipe) -> int:
     :raises ArqError: when there is not even one
     """
     there = len(dataset.train.images)
-    if recipe.batch > there:
-        raise ArqError(f"batch is {recipe.batch}: there are {there} training images")
-    return there // recipe.batch
+    for name in ("batch", "images"):
+        if getattr(recipe, name) > there:
+            raise ArqError(f"{name} is {getattr(recipe, name)}: there are {there} training images")
+    if 0 < recipe.images < recipe.batch:
+        raise ArqError(f"batch is {recipe.batch}: an epoch has {recipe.images} images")
+    return (recipe.images or there) // recipe.batch
 
 
 @torch.inference_mode()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from arq_env.quantization import load_quantized
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,6 +41,7 @@ def test_help(name):
         (["--env", "ARQ-ResNet21-v0"], ["ARQ-ResNet21"]),
         (["--sigma", "-1"], ["sigma"]),
         (["--sigma", "7"], ["resnet20-signs-sigma0.5-gaussian"]),
+        (["--training", "magic"], ["resnet20-cifar10-sigma0.5-consistency"]),
         (["--budget", "2"], ["fraction"]),
         (["--budget", "0.001"], ["least reachable is 0.004"]),
         (["--episodes", "0"], ["whole number from 1"]),
@@ -76,6 +79,14 @@ def test_malformed_map(tmp_path):
 )
 def test_pretraining_mistakes(tmp_path, arguments):
     assert_one_line_error(script("pretrain", "--dataset", "signs", *arguments, "--output", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("wanted, part", [("nothing", "FP32 or W4A4"), ("W9A1", "weight bits 9"), ("W4A4", "sigma7")])
+def test_finalizing_mistakes(tmp_path, wanted, part):
+    sigma = "7" if part == "sigma7" else "0.5"
+    done = script("finalize", wanted, "--dataset", "signs", "--sigma", sigma, "--output", tmp_path / "out")
+    assert_one_line_error(done, part)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_checkpoint(tmp_path):
@@ -154,6 +165,27 @@ def test_pretraining_resumes_after_a_kill(tmp_path):
     assert done.returncode == 0 and "epoch 2" in done.stdout + done.stderr and "epoch 1 " not in done.stdout, done
     card = json.loads(state.with_name("resnet20-signs-sigma0.5-gaussian.json").read_text())
     assert card["recipe"]["epochs"] == 2 and len(card["digest"]) == 64 and 0 < card["accuracy_under_noise"]["test"] < 1
+
+
+@pytest.mark.slow
+def test_a_map_is_finalized(tmp_path):
+    """A uniform map, then the file it left, edited by hand; the same command again finds everything done."""
+    short = ["--epochs", "1", "--images", "256", "--every", "200", "--n", "30"]
+    first = tmp_path / "first"
+    command = ("finalize", "W3A3", "--dataset", "signs", *short, "--output", first)
+    done = script(*command)
+    assert done.returncode == 0 and "W3A3: ACR" in done.stdout, done.stderr
+    summary = json.loads((first / "summary-n30.json").read_text())
+    assert summary["bops_fraction"] == pytest.approx(0.0094, rel=0.01) and summary["images"] == 10
+    network, card = load_quantized(first / "network.safetensors")
+    assert card["digest"] == summary["digest"] and network.stage1[0].conv1.weight_bits == 3
+    assert script(*command).stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+
+    document = json.loads((first / "bit_widths.json").read_text())
+    document["layers"][5]["weight_bits"] = 8
+    (tmp_path / "edited.json").write_text(json.dumps(document))
+    assert script("finalize", tmp_path / "edited.json", *short, "--output", tmp_path / "second").returncode == 0
+    assert load_quantized(tmp_path / "second/network.safetensors")[1]["layers"][5]["weight_bits"] == 8
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""From a map to the finished network: quantization-aware training under noise, the best epoch by held-out ACR."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from arq_env.bitwidths import BitWidthMap
+from arq_env.certification import certify
+from arq_env.evaluation import Evaluator
+from arq_env.networks.training import Recipe, train, training_method
+from arq_env.quantization import load_quantized, save_quantized
+
+#: Images of the reward split that choose the epoch: the last ones, which no search is rewarded on.
+HELD_OUT = 464
+
+
+def finetuning_recipe(sigma: float, **changes) -> Recipe:
+    """The recipe of the reported figures: a short cycle under the consistency loss, with distillation from the base network."""
+    default = Recipe(sigma, epochs=6, images=16_384, batch=64, peak_rate=0.02, weight_decay=1e-4, distillation=0.5)
+    return replace(default, **training_method("consistency", sigma) | changes)
+
+
+def finetune(
+    evaluator: Evaluator,
+    bit_widths: BitWidthMap | None,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    compile: bool = False,
+    on_batch: Callable[[int], None] = lambda batches: None,
+    on_epoch: Callable[[dict], None] = lambda record: None,
+) -> tuple[torch.nn.Module, dict]:
+    """Train the base network under a map; return the quantized network of the epoch with the highest held-out ACR, and its card.
+
+    Weights and step sizes are learned together (LSQ); before each judgement BatchNorm's statistics are estimated anew, as they
+    are for deployment. ``folder`` holds the state to resume from and ``best.safetensors``; a killed call goes on after
+    the last finished epoch and ends the same.
+
+    :param bit_widths: None trains the FP32 network by the same recipe, for a fair comparison
+    :param recipe: such as :func:`finetuning_recipe` gives; with distillation the base network is the teacher
+    :param on_epoch: called with each epoch's record, with ``held_out_acr`` in it
+    :raises ArqError: when the map is not one for this network, or the folder holds another recipe's state
+    """
+    problem, folder = evaluator.problem, Path(folder)
+    quantizer = evaluator.quantizer
+    network = copy.deepcopy(problem.network) if bit_widths is None else quantizer.learnable(bit_widths)
+    best = folder / "best.safetensors"
+
+    def judge(record):
+        finished = quantizer.freeze(network)
+        record["held_out_acr"] = held_out_acr(evaluator, finished)
+        if not best.exists() or record["held_out_acr"] > json.loads(best.with_suffix(".json").read_text())["held_out_acr"]:
+            save_quantized(finished, best, {"network": problem.card.get("network"), **record})
+        on_epoch(record)
+
+    train(
+        network,
+        problem.dataset,
+        recipe,
+        folder,
+        teacher=problem.network,
+        device=str(problem.device),
+        compile=compile,
+        on_batch=on_batch,
+        on_epoch=judge,
+    )
+    finished, card = load_quantized(best, problem.network)
+    return finished.to(problem.device), card
+
+
+def held_out_acr(evaluator: Evaluator, network: torch.nn.Module) -> float:
+    """ACR at n = 64, alpha = 0.05, on the last images of the reward split."""
+    problem = evaluator.problem
+    count = min(HELD_OUT, len(problem.dataset.reward.images))
+    images, labels = problem.reward_images(count, len(problem.dataset.reward.images) - count)
+    return certify(network, images, labels, sigma=problem.sigma, n0=8, n=64, alpha=0.05, seed=evaluator.settings.seed).acr

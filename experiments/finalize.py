@@ -1,0 +1,158 @@
+"""Turn a bit-width map into the finished network: fine-tune it under quantization and noise, certify it on test images.
+
+The map is a run folder of a search, a bit_widths.json, found or edited by hand, or a name: W4A4 for uniform bits, FP32 to
+fine-tune the base network by the same recipe. Stop it at any time: the same command goes on.
+"""
+
+import dataclasses
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from arq_env import ArqError, command_line
+from arq_env.bitwidths import bops_fraction, check_map, load_map, save_map, uniform
+from arq_env.certification import certify
+from arq_env.comparison import TestSettings, summarize
+from arq_env.evaluation import Evaluator
+from arq_env.files import write_json
+from arq_env.finetuning import finetune, finetuning_recipe
+from arq_env.networks.compiled import CompiledNetwork
+from arq_env.networks.training import Recipe, batches_per_epoch
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+from arq_env.quantization import model_bytes, save_quantized
+from arq_env.report import layer_table
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("map", metavar="RUN", help="run folder, bit_widths.json, FP32, or uniform bits such as W4A4")
+    parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs (a map's file decides for itself)")
+    parser.add_argument(
+        "--sigma", type=float, default=0.5, help="standard deviation of the noise (a map's file decides for itself)"
+    )
+    parser.add_argument("--training", default="gaussian", help="of the base network (a map's file decides for itself)")
+    shown = finetuning_recipe(0.5)
+    for name, kind, what in (
+        ("epochs", command_line.whole(1), "passes over the images of an epoch"),
+        ("images", command_line.whole(1), "training images an epoch, drawn anew for each"),
+        ("batch", command_line.whole(1), "images a step"),
+        ("peak-rate", float, "highest learning rate of the cycle"),
+        ("distillation", float, "weight of the base network's predictions against the labels, 0 to 1"),
+        ("seed", command_line.whole(0), "of order, crops and noise, in training and in certification"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the training passes")
+    parser.add_argument("--every", type=command_line.whole(1), default=20, help="certify on every so many-th test image")
+    parser.add_argument("--n", type=command_line.whole(1), default=1_000, help="noise samples that count a class")
+    parser.add_argument("--compile", action="store_true", help="compile for training and certification (needs a C++ compiler)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, help="folder for everything (default: RUN/final, or runs/final and a name)")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    problem, bit_widths, name = chosen_map(options)
+    folder = options.output or default_folder(options, name)
+    evaluator = Evaluator(problem)
+    fields = {field.name for field in dataclasses.fields(Recipe)} - {"sigma", "start"}
+    changes = {field: value for field, value in vars(options).items() if field in fields}
+    recipe = finetuning_recipe(problem.sigma, start=problem.card["digest"], **changes)
+    if bit_widths is not None:
+        print(layer_table(problem.layers, bit_widths), end="\n\n")
+
+    writer = SummaryWriter(folder / "tensorboard")
+    with tqdm(total=recipe.epochs * batches_per_epoch(problem.dataset, recipe), unit="batch", desc=f"fine-tuning {name}") as bar:
+
+        def on_epoch(record):
+            bar.write(" ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            for key, value in record.items():
+                writer.add_scalar(f"finetune/{key}", value, record["epoch"])
+
+        network, card = finetune(
+            evaluator, bit_widths, recipe, folder, compile=options.compile, on_batch=bar.update, on_epoch=on_epoch
+        )
+    writer.close()
+
+    settings = TestSettings(options.every, n=options.n, seed=options.seed)
+    images, labels = problem.test_images(settings.every, settings.offset)
+    certified = CompiledNetwork(network) if options.compile else network
+    certificates = certify(
+        certified,
+        images,
+        labels,
+        sigma=problem.sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        batch_size=certified.batch_size if options.compile else None,
+        progress=partial(tqdm, desc=f"certifying {name}"),
+        log=folder / f"certificates-n{settings.n}.tsv",
+    )
+    document = {
+        "map": name,
+        **{key: problem.card[key] for key in ("network", "dataset", "sigma", "training")},
+        "checkpoint": problem.card["digest"],
+        "bops_fraction": 1.0 if bit_widths is None else bops_fraction(bit_widths, problem.layers),
+        "model_bytes": model_bytes(problem.network, problem.layers, bit_widths),
+        "recipe": dataclasses.asdict(recipe),
+        "best_epoch": card["epoch"],
+        "held_out_acr": card["held_out_acr"],
+        "images": len(images),
+        "settings": dataclasses.asdict(settings),
+        **summarize(certificates),
+    }
+    saved = save_quantized(network, folder / "network.safetensors", document | provenance())
+    if bit_widths is not None:
+        header = {key: document[key] for key in ("network", "dataset", "sigma")} | {"budget": document["bops_fraction"]}
+        made = provenance() | {"checkpoint": document["checkpoint"], "training": document["training"]}
+        save_map(
+            folder / "bit_widths.json", bit_widths, problem.layers, **header, metrics={"acr": document["acr"]}, provenance=made
+        )
+    write_json(folder / f"summary-n{settings.n}.json", document | {"digest": saved["digest"], "provenance": provenance()})
+    print(
+        f"{name}: ACR {document['acr']:.4f} +- {document['acr_standard_error']:.4f}, "
+        f"clean accuracy {document['clean_accuracy']:.3f}, {document['bops_fraction']:.3%} of FP32's bit operations, "
+        f"{document['model_bytes']:,} bytes\n{folder}"
+    )
+
+
+def chosen_map(options):
+    """The problem, the map (None for FP32) and what to call it."""
+    if uniform_bits := re.fullmatch(r"FP32|W(\d)A(\d)", options.map):
+        problem = load_problem("resnet20", options.dataset, sigma=options.sigma, training=options.training, device=options.device)
+        if options.map == "FP32":
+            return problem, None, options.map
+        bit_widths = uniform(problem.layers, *map(int, uniform_bits.groups()))
+        check_map(bit_widths, problem.layers)
+        return problem, bit_widths, options.map
+    path = Path(options.map)
+    path = path / "bit_widths.json" if path.is_dir() else path
+    try:
+        header = json.loads(path.read_text())
+        names = header["network"], header["dataset"]
+        training, sigma = header.get("provenance", {}).get("training", "gaussian"), header["sigma"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArqError(
+            f"{path} cannot be read as a bit-width map ({error}): give a run folder, a bit_widths.json, FP32 or W4A4"
+        ) from error
+    problem = load_problem(*names, sigma=sigma, training=training, device=options.device)
+    return problem, load_map(path, problem.layers)[0], path.parent.name if path.name == "bit_widths.json" else path.stem
+
+
+def default_folder(options, name: str) -> Path:
+    """Beside the map; or in ``runs``, by what was asked for."""
+    path = Path(options.map)
+    if path.exists():
+        return (path if path.is_dir() else path.parent) / "final"
+    return Path("runs/final") / f"{options.dataset}-sigma{options.sigma:g}-{options.training}-{name}"
+
+
+if __name__ == "__main__":
+    command_line.run(main)

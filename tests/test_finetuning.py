@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+
+from arq_env import ArqError
+from arq_env.bitwidths import uniform
+from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.finetuning import finetune, finetuning_recipe, held_out_acr
+from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
+from arq_env.networks.training import Recipe
+from arq_env.problem import load_problem
+from arq_env.quantization import load_quantized, model_bytes, save_quantized
+from tests.toy import toy_problem
+
+RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50)
+
+
+@pytest.fixture
+def evaluator():
+    return Evaluator(toy_problem(), CertifierSettings(images=16, n0=4, n=16))
+
+
+@pytest.fixture
+def coarse(evaluator):
+    return uniform(evaluator.problem.layers, 2, 2, end_bits=2)
+
+
+def test_finetuning_wins_back_acr(evaluator, coarse, tmp_path):
+    before = held_out_acr(evaluator, evaluator.quantizer.quantize(coarse))
+    records = []
+    network, card = finetune(evaluator, coarse, RECIPE, tmp_path, on_epoch=records.append)
+    assert card["held_out_acr"] == max(record["held_out_acr"] for record in records) > before
+    assert held_out_acr(evaluator, network) == card["held_out_acr"]
+    assert [layer["weight_bits"] for layer in card["layers"]] == [2, 2, 2, 2] and not network.training
+
+
+def test_a_killed_finetuning_ends_the_same(evaluator, coarse, tmp_path):
+    whole, whole_card = finetune(evaluator, coarse, RECIPE, tmp_path / "whole")
+
+    def dying(record):
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(evaluator, coarse, RECIPE, tmp_path / "cut", on_epoch=dying)
+    resumed, card = finetune(evaluator, coarse, RECIPE, tmp_path / "cut")
+    assert card["digest"] == whole_card["digest"] and card["epoch"] == whole_card["epoch"]
+    with pytest.raises(ArqError, match="another recipe"):
+        finetune(evaluator, coarse, finetuning_recipe(0.5, epochs=2, images=500, batch=50), tmp_path / "cut")
+
+
+def test_fp32_is_finetuned_by_the_same_recipe(evaluator, tmp_path):
+    network, card = finetune(evaluator, None, RECIPE, tmp_path)
+    assert card["layers"] == [] and card["held_out_acr"] > 0
+    assert not torch.equal(network.middle.weight, evaluator.problem.network.middle.weight)
+
+
+@pytest.mark.parametrize("change", [{"distillation": -0.1}, {"distillation": 1.5}, {"images": -1}])
+def test_recipe_out_of_range(change):
+    with pytest.raises(ArqError, match=next(iter(change))):
+        Recipe(**change)
+
+
+def test_quantized_network_comes_back(evaluator, tmp_path):
+    bit_widths = uniform(evaluator.problem.layers, 3, 5)
+    network = evaluator.quantizer.quantize(bit_widths)
+    path = tmp_path / "network.safetensors"
+    save_quantized(network, path, {"network": "toy"})
+    loaded, card = load_quantized(path, evaluator.problem.network)
+    images = evaluator.problem.calibration_images()[:8]
+    assert torch.equal(loaded(images), network(images)) and card["layers"][1]["activation_bits"] == 5
+    with pytest.raises(ArqError, match="no network 'toy'"):
+        load_quantized(path)
+    card_path = path.with_suffix(".json")
+    card_path.write_text(json.dumps(card | {"layers": card["layers"][:1] + [card["layers"][1] | {"name": "elsewhere"}]}))
+    with pytest.raises(ArqError, match="elsewhere"):
+        load_quantized(path, evaluator.problem.network)
+    card_path.write_text(json.dumps(card))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ArqError, match="damaged"):
+        load_quantized(path, evaluator.problem.network)
+    with pytest.raises(ArqError, match="cannot be loaded"):
+        load_quantized(tmp_path / "none.safetensors")
+
+
+def test_model_bytes():
+    problem = load_problem("resnet20", "signs")
+    network, _ = load_checkpoint(Checkpoint("resnet20", "signs", 0.5))
+    floats = sum(t.numel() for t in network.state_dict().values() if t.is_floating_point())
+    assert model_bytes(network, problem.layers, None) == 4 * floats
+    packed = sum(layer.parameters for layer in problem.layers) // 2
+    ends = (problem.layers[0].parameters + problem.layers[-1].parameters) // 2
+    steps = 4 * sum(layer.out_channels + 1 for layer in problem.layers)
+    weights = sum(layer.parameters for layer in problem.layers)
+    assert model_bytes(network, problem.layers, uniform(problem.layers, 4, 4)) == 4 * (floats - weights) + packed + ends + steps
