@@ -11,11 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from arq_env import ArqError, command_line
-from arq_env.certification import certify, estimate_seconds
+from arq_env.certification import CompiledNetwork, certify, estimate_seconds
 from arq_env.comparison import TestSettings, summarize
 from arq_env.files import write_json
 from arq_env.networks.checkpoints import shipped
-from arq_env.networks.compiled import CompiledNetwork
 from arq_env.problem import load_problem
 from arq_env.provenance import provenance
 from arq_env.report import reference_table

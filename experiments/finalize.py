@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import bops_fraction, check_map, load_map, save_map, uniform
-from arq_env.certification import certify
+from arq_env.certification import CompiledNetwork, certify
 from arq_env.comparison import TestSettings, summarize
 from arq_env.evaluation import Evaluator
 from arq_env.files import write_json
 from arq_env.finetuning import finetune, finetuning_recipe
-from arq_env.networks.compiled import CompiledNetwork
 from arq_env.networks.training import Recipe, batches_per_epoch
 from arq_env.problem import load_problem
 from arq_env.provenance import provenance

@@ -14,6 +14,7 @@ from arq_env import ArqError
 from arq_env.certification import (
     ABSTAINED,
     Certificates,
+    CompiledNetwork,
     PredictionCache,
     cache_predictions,
     certify,
@@ -102,12 +103,12 @@ def test_killed_and_resumed(images, arguments, tmp_path):
         return shifted(batch)
 
     expected = certify(shifted, images, LABELS, **arguments)
-    first = certify(shifted, images, LABELS, log=log, **arguments)
+    first = certify(shifted, images, LABELS, log=log, name="shifted", **arguments)
     lines = log.read_text().splitlines(keepends=True)
     assert len(lines) == 38 and lines[0].startswith("idx\tlabel\tpredict\tradius\tcorrect\ttime\t")
     log.write_text("".join(lines[:9]) + lines[9][:5])
     with pytest.raises(KeyboardInterrupt):
-        certify(dying, images, LABELS, log=log, **arguments)
+        certify(dying, images, LABELS, log=log, name="shifted", **arguments)
     done = len(log.read_text().splitlines()) - 1
     assert done in (8, 24)
     asked = []
@@ -116,34 +117,43 @@ def test_killed_and_resumed(images, arguments, tmp_path):
         asked.append(len(batch))
         return shifted(batch)
 
-    resumed = certify(counting, images, LABELS, log=log, **arguments)
+    resumed = certify(counting, images, LABELS, log=log, name="shifted", **arguments)
     assert columns(resumed) == columns(first) == columns(expected)
     assert sum(asked) < sum(expected.n) + 37 * SETTINGS["n0"]
     asked.clear()
-    assert columns(certify(counting, images, LABELS, log=log, **arguments)) == columns(expected) and not asked
+    assert columns(certify(counting, images, LABELS, log=log, name="shifted", **arguments)) == columns(expected) and not asked
     assert table(Certificates.from_tsv(log)) == table(expected)
 
 
 def test_a_log_of_something_else_is_refused(images, tmp_path):
     log = tmp_path / "log.tsv"
-    certify(halfspace, images[:2], [0, 0], log=log, **SETTINGS)
+    certify(halfspace, images[:2], [0, 0], log=log, name="halfspace", **SETTINGS)
     with pytest.raises(ArqError, match="another alpha"):
-        certify(halfspace, images[:2], [0, 0], log=log, **SETTINGS | {"alpha": 0.1})
+        certify(halfspace, images[:2], [0, 0], log=log, name="halfspace", **SETTINGS | {"alpha": 0.1})
     with pytest.raises(ArqError, match="another images"):
-        certify(halfspace, images[1:3], [0, 0], log=log, **SETTINGS)
+        certify(halfspace, images[1:3], [0, 0], log=log, name="halfspace", **SETTINGS)
     networks = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval() for _ in range(2)]
     certify(networks[0], images[:2], [0, 0], log=tmp_path / "network.tsv", **SETTINGS)
     with pytest.raises(ArqError, match="another classifier"):
         certify(networks[1], images[:2], [0, 0], log=tmp_path / "network.tsv", **SETTINGS)
+    with pytest.raises(ArqError, match="another classifier"):
+        certify(shifted, images[:2], [0, 0], log=log, name="shifted", **SETTINGS)
+    with pytest.raises(ArqError, match="give name="):
+        certify(shifted, images[:2], [0, 0], log=log, **SETTINGS)
+    relu, tanh = (torch.nn.Sequential(*networks[0], kind()).eval() for kind in (torch.nn.ReLU, torch.nn.Tanh))
+    certify(relu, images[:2], [0, 0], log=tmp_path / "relu.v1", **SETTINGS)
+    certify(tanh, images[:2], [0, 0], log=tmp_path / "relu.v2", **SETTINGS)
+    with pytest.raises(ArqError, match="another classifier"):  # the same weights, another function
+        certify(tanh, images[:2], [0, 0], log=tmp_path / "relu.v1", **SETTINGS)
     log.write_text("nothing of the kind\n")
     with pytest.raises(ArqError, match="remove it"):
-        certify(halfspace, images[:2], [0, 0], log=log, **SETTINGS)
+        certify(halfspace, images[:2], [0, 0], log=log, name="halfspace", **SETTINGS)
 
 
 def test_randomized_records_its_draws(images, tmp_path):
     """The draws are read back from the log and explain the radii; the bound is never below Clopper-Pearson's."""
     log = tmp_path / "log.tsv"
-    got = certify(halfspace, images, np.zeros(37), method="randomized", log=log, **SETTINGS)
+    got = certify(halfspace, images, np.zeros(37), method="randomized", log=log, name="halfspace", **SETTINGS)
     plain = certify(halfspace, images, np.zeros(37), **SETTINGS)
     assert (got.radius >= plain.radius).all() and got.radius.sum() > plain.radius.sum()
     np.testing.assert_array_equal(Certificates.from_tsv(log).draw, got.draw)
@@ -184,21 +194,21 @@ def test_replaying_an_unchanged_network_loses_only_the_disagreement_bound(images
 
 def test_cache_is_a_file_tied_to_what_made_it(images, cache, tmp_path):
     path = tmp_path / "cache.npz"
-    made = cache_predictions(halfspace, images, sigma=0.5, n0=30, n=1_000, path=path)
+    made = cache_predictions(halfspace, images, sigma=0.5, n0=30, n=1_000, path=path, name="halfspace")
 
     def refusing(batch):
         raise AssertionError("the file holds the predictions")
 
-    read = cache_predictions(refusing, images, sigma=0.5, n0=30, n=1_000, path=path)
+    read = cache_predictions(refusing, images, sigma=0.5, n0=30, n=1_000, path=path, name="halfspace")
     for name in ("classes", "counts", "predictions"):
         np.testing.assert_array_equal(getattr(read, name), getattr(made, name))
         np.testing.assert_array_equal(getattr(read, name), getattr(cache, name))
     assert read.predictions.dtype == np.uint8
     for change, message in [({"sigma": 0.25}, "sigma"), ({"seed": 1}, "seed"), ({"n": 10}, "another n"), ({"n0": 3}, "n0")]:
         with pytest.raises(ArqError, match=message):
-            cache_predictions(halfspace, images, path=path, **{"sigma": 0.5, "n0": 30, "n": 1_000} | change)
+            cache_predictions(halfspace, images, path=path, name="halfspace", **{"sigma": 0.5, "n0": 30, "n": 1_000} | change)
     with pytest.raises(ArqError, match="other images"):
-        cache_predictions(halfspace, images[:5], sigma=0.5, n0=30, n=1_000, path=path)
+        cache_predictions(halfspace, images[:5], sigma=0.5, n0=30, n=1_000, path=path, name="halfspace")
     with pytest.raises(ArqError, match="another network"):
         network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval()
         cache_predictions(network, images, sigma=0.5, n0=30, n=1_000, path=path)
@@ -217,15 +227,57 @@ def test_another_cache_is_refused(images, cache):
         certify(halfspace, images, np.zeros(37), cache=cache, **SETTINGS)
 
 
-def test_memory_does_not_grow_with_n(images):
+def test_memory_does_not_grow_with_n():
+    image = np.full((1, 3, 32, 32), 0.5, np.float32)
+
     def peak(n):
         tracemalloc.start()
-        certify(lambda batch: np.zeros(len(batch), int), images[:1], [0], **SETTINGS | {"n": n})
+        certify(lambda batch: np.zeros(len(batch), int), image, [0], **SETTINGS | {"n": n})
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
 
+    peak(5_000)  # what the first call leaves in caches is not the point
     assert peak(50_000) < 1.2 * peak(5_000)
+
+
+def test_no_noise_is_used_twice(images):
+    """What is counted did not select, plan or enter the cache; what is replayed is the cache's noise."""
+    seen = []
+
+    def recording(batch):
+        seen.extend(copy.tobytes() for copy in batch)
+        return halfspace(batch)
+
+    kept = cache_predictions(recording, images[:5], sigma=0.5, n0=30, n=400)
+    cached, few = set(seen), SETTINGS | {"n": 300}
+    assert len(cached) == len(seen) == 5 * 430
+    for arguments in ({}, {"method": "randomized"}, {"method": "sequential"}, {"method": "sequential", "radius": 0.3}):
+        seen.clear()
+        certify(recording, images[:5], np.zeros(5), **few | arguments)
+        assert len(set(seen)) == len(seen) > 5 * 30
+    for method in ("incremental", "paired"):
+        for gamma, replayed in ((1.0, True), (0.5, False)):
+            seen.clear()
+            certify(recording, images[:5], np.zeros(5), method=method, cache=kept, gamma=gamma, **few)
+            assert len(set(seen)) == len(seen) == 5 * 300
+            assert (cached >= set(seen)) if replayed else not cached & set(seen)
+
+
+def test_an_unordered_map_changes_nothing(images, arguments, cache):
+    def backwards(function, chunks):
+        return [function(chunk) for chunk in chunks][::-1]
+
+    assert columns(certify(shifted, images, LABELS, map=backwards, **arguments)) == columns(
+        certify(shifted, images, LABELS, **arguments)
+    )
+    again = cache_predictions(halfspace, images, sigma=0.5, n0=30, n=1_000, map=backwards)
+    assert again.digests == cache.digests and (again.predictions == cache.predictions).all()
+
+
+def test_sequential_takes_images_without_labels(images):
+    unknown = certify(halfspace, images, np.full(37, -1), method="sequential", **SETTINGS)
+    assert (unknown.prediction == 0).sum() > 20 and unknown.clean_accuracy == 0 == unknown.certified_accuracy(0)
 
 
 def test_estimate(images):
@@ -237,6 +289,21 @@ def test_estimate(images):
         return halfspace(batch)
 
     assert 37 * 1.01 < estimate_seconds(slow_at_first, images, n0=10, n=1_000) < 2 * 37 * 1.01
+
+
+@pytest.mark.slow
+def test_compiled_network_says_the_same(images):
+    """A whole batch, a part of one, and through certify."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3)
+    ).eval()
+    compiled, batch = CompiledNetwork(network, batch_size=8), torch.from_numpy(images)
+    with torch.inference_mode():
+        for count in (8, 3):
+            torch.testing.assert_close(compiled(batch[:count]), network(batch[:count]))
+    got = certify(compiled, images, np.zeros(37), batch_size=8, **SETTINGS)
+    np.testing.assert_allclose(got.radius, certify(network, images, np.zeros(37), **SETTINGS).radius, atol=0.02)
 
 
 def test_agreement_with_another_implementation():

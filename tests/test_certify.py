@@ -153,6 +153,9 @@ def test_images_and_labels_out_of_range(images):
         certify(halfspace, images, np.zeros(36), **SETTINGS)
     with pytest.raises(ArqError, match="one label an image"):
         certify(halfspace, images, [0] * 38, **SETTINGS)
+    for bad in (0.9, -2, np.nan):
+        with pytest.raises(ArqError, match="whole numbers"):
+            certify(halfspace, images, np.full(37, bad), **SETTINGS)
     with pytest.raises(ArqError, match="at least one image"):
         certify(halfspace, images[:0], np.zeros(0), **SETTINGS)
 
@@ -210,13 +213,70 @@ def test_published_log_is_read(tmp_path):
     got = Certificates.from_tsv(path)
     assert got.acr == pytest.approx(0.31) and got.seconds.tolist() == [10.5, 60]
     path.write_text("nothing of the kind")
-    with pytest.raises(ArqError, match="not a certification log"):
+    with pytest.raises(ArqError, match="not a whole certification log"):
         Certificates.from_tsv(path)
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        (lambda batch: np.zeros((len(batch), 1)), "two classes or more"),
+        (lambda batch: np.full(len(batch), 0.9), "whole numbers"),
+        (lambda batch: np.zeros((len(batch), 2, 2)), "logits"),
+        (lambda batch: np.zeros((1, 2)), "for 32 images"),
+        (lambda batch: np.full(len(batch), -1), "label -1"),
+    ],
+)
+def test_output_that_is_neither_logits_nor_labels(images, output, message):
+    with pytest.raises(ArqError, match=message):
+        certify(output, images, np.zeros(37), **SETTINGS)
+
+
+def test_modules_get_the_memory_layout_of_their_kernels():
+    """An ordinary module may use view(); one that is channels-last gets such batches."""
+    images, layouts = np.full((2, 3, 4, 4), 0.5), []
+
+    class Views(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(16, 2)
+
+        def forward(self, x):
+            layouts.append(x.is_contiguous())
+            return self.last(self.conv(x).view(len(x), -1) if x.is_contiguous() else self.conv(x).flatten(1))
+
+    network = Views().eval()
+    plain = certify(network, images, [0, 0], **SETTINGS)
+    assert all(layouts)
+    layouts.clear()
+    assert table(certify(network.to(memory_format=torch.channels_last), images, [0, 0], **SETTINGS)) == table(plain)
+    assert not any(layouts)
+
+
+def test_numpy_numbers_and_unusual_modules_can_be_logged(images, tmp_path):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval()
+    numbers = {"sigma": np.float32(0.5), "n0": np.int64(20), "n": np.int64(50), "alpha": np.float64(0.01), "seed": np.int64(1)}
+    certify(network, images, np.zeros(37), log=tmp_path / "numbers.tsv", **numbers)
+    half = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2).bfloat16()).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        certify(half, images, np.zeros(37), log=tmp_path / "half.tsv", **SETTINGS)
+
+
+def test_published_log_with_an_image_twice_is_refused(tmp_path):
+    header, row = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n", "\t3\t3\t0.62\t1\t0.1\n"
+    (tmp_path / "log.tsv").write_text(header + "20" + row + "0" + row.replace("3", "5"))
+    assert Certificates.from_tsv(tmp_path / "log.tsv").label.tolist() == [5, 3]
+    (tmp_path / "log.tsv").write_text(header + "0" + row + "0" + row)
+    with pytest.raises(ArqError, match="twice"):
+        Certificates.from_tsv(tmp_path / "log.tsv")
 
 
 def test_training_mode_is_an_error():
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(48, 2))
     images = np.full((2, 3, 4, 4), 0.5)
+    with pytest.raises(ArqError, match="eval()"):
+        certify(classifier, images, [0, 0], **SETTINGS)
+    classifier.eval()[1].train()
     with pytest.raises(ArqError, match="eval()"):
         certify(classifier, images, [0, 0], **SETTINGS)
     assert len(certify(classifier.eval(), images, [0, 0], **SETTINGS)) == 2

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from arq_env.certification import METHODS, PredictionCache, betting_lower, clopper_pearson_lower
+from arq_env.certification import METHODS, betting_lower, clopper_pearson_lower
+from arq_env.certification.cache import CachedRows
 from arq_env.certification.methods import Request
 from arq_env.certification.sampling import DRAW, ESTIMATION, SELECTION
 
 ALPHA = 0.01
-REQUEST = Request(sigma=1.0, n0=100, n=1_000, alpha=ALPHA, radius=None, price=0.3, gamma=0.99, cache=None)
+REQUEST = Request(sigma=1.0, n0=100, n=1_000, alpha=ALPHA, radius=None, price=0.3, gamma=0.99)
 PROBABILITIES = (0.5, 0.6, 0.9, 0.99, 0.9999, 1 - 1e-5)
 
 
@@ -64,11 +65,13 @@ def assert_at_most(alpha, failed, trials):
 )
 def test_coverage(method, radius):
     """18 settings of 1,200 images each: over 100,000 for the methods together."""
-    images = 1_200
+    images, all_failed = 1_200, 0
     for p in PROBABILITIES:
         for n in (100, 1_000, 10_000):
             failed = failures(Simulated(np.full(images, p), seed=n), method, replace(REQUEST, n=n, radius=radius))
             assert_at_most(ALPHA, failed, images)
+            all_failed += failed
+    assert_at_most(ALPHA, all_failed, 18 * images)
 
 
 @pytest.mark.parametrize("p, n", [(0.6, 100), (0.9, 1_000), (0.99, 1_000), (0.999, 10_000)])
@@ -104,20 +107,19 @@ def test_coverage_of_replaying(method, p, harmful, helpful):
     """f' misses class 0 in a share ``harmful`` of f's hits, and hits it in a share ``helpful`` of f's misses."""
     images, n, cached_n, alpha = 3_000, 100, 400, 0.05
     before = (np.random.default_rng(2).random((images, cached_n)) >= p).astype(np.uint8)
-    classes = np.zeros(images, int)
-    cache = PredictionCache(classes, (before == 0).sum(1), before, [str(i) for i in range(images)], 1.0, 0, 10, "")
+    cached = CachedRows(np.zeros(images, int), (before == 0).sum(1), before)
     sampler = Simulated(np.full(images, p * (1 - harmful) + (1 - p) * helpful), before=before, harmful=harmful, helpful=helpful)
     for gamma in (0.95, 1.0):
-        request = replace(REQUEST, n=n, alpha=alpha, gamma=gamma, cache=cache)
+        request = replace(REQUEST, n=n, alpha=alpha, gamma=gamma, cached=cached)
         assert_at_most(alpha, failures(sampler, method, request), images)
 
 
 def test_paired_is_never_worse_than_incremental():
     images, n = 500, 200
     before = (np.random.default_rng(2).random((images, 1_000)) >= 0.9).astype(np.uint8)
-    cache = PredictionCache(np.zeros(images, int), (before == 0).sum(1), before, [str(i) for i in range(images)], 1.0, 0, 10, "")
+    cached = CachedRows(np.zeros(images, int), (before == 0).sum(1), before)
     lower = {}
     for method in ("incremental", "paired"):
         sampler = Simulated(np.full(images, 0.9), before=before, harmful=0.02, helpful=0.3)
-        _, lower[method], _, _ = METHODS[method](sampler, np.zeros(images), replace(REQUEST, n=n, cache=cache))
+        _, lower[method], _, _ = METHODS[method](sampler, np.zeros(images), replace(REQUEST, n=n, cached=cached))
     assert (lower["paired"] >= lower["incremental"]).all() and (lower["paired"] > lower["incremental"]).mean() > 0.9

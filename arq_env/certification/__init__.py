@@ -9,6 +9,7 @@ from arq_env.certification.bounds import (
 )
 from arq_env.certification.cache import PredictionCache, cache_predictions
 from arq_env.certification.certificates import ABSTAINED, Certificates
+from arq_env.certification.compiled import CompiledNetwork
 from arq_env.certification.methods import METHODS
 from arq_env.certification.smoothing import certify, estimate_seconds
 
@@ -16,6 +17,7 @@ __all__ = [
     "ABSTAINED",
     "METHODS",
     "Certificates",
+    "CompiledNetwork",
     "PredictionCache",
     "betting_lower",
     "cache_predictions",

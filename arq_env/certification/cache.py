@@ -38,7 +38,7 @@ class PredictionCache:
     :param counts: int64 [images], how many of the n samples got that class
     :param predictions: [images, n], the smallest unsigned integers that hold the classes
     :param digests: SHA-256 of each image
-    :param network: digest of the network's weights, empty for a plain function
+    :param network: digest of the network, empty for a cache without a file
     """
 
     classes: np.ndarray
@@ -99,15 +99,17 @@ def cache_predictions(
     n: int = 10_000,
     seed: int = 0,
     path: Path | None = None,
+    name: str = "",
     batch_size: int | None = None,
     map: Callable = map,
     progress: Callable = no_progress,
 ) -> PredictionCache:
     """Run the original network once, for :func:`certify` with ``method="incremental"`` or ``"paired"`` on its variants.
 
-    The arguments are those of ``certify``; n x images bytes are kept.
+    The arguments are those of ``certify``; n x images bytes are kept. It is written when it is whole: a killed call starts again.
 
     :param path: file to keep the cache in; one that is there is read instead of made again
+    :param name: for a plain function with a ``path``: what tells it from another
     :raises ArqError: for arguments out of range, and for a file made with another network, sigma, seed, n0, n or images
     """
     check_request(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
@@ -117,7 +119,7 @@ def cache_predictions(
         "sigma": float(sigma),
         "seed": seed,
         "n0": n0,
-        "network": classifier_digest(classifier),
+        "network": "" if path is None else classifier_digest(classifier, name),
     }
     if path is not None and Path(path).exists():
         cache = PredictionCache.load(path)
@@ -126,21 +128,19 @@ def cache_predictions(
                 what = "other images" if name == "digests" else f"another {name}"
                 raise ArqError(f"{path} was made with {what}: choose another file for this cache")
         return cache
-    parts = [
-        result
-        for _, result, _ in run_in_chunks(
-            functools.partial(_predict, n0=n0, n=n),
-            classifier,
-            images,
-            np.arange(len(pixels)),
-            sigma=sigma,
-            seed=seed,
-            n=n,
-            batch_size=batch_size,
-            map=map,
-            progress=progress,
-        )
-    ]
+    chunks = run_in_chunks(
+        functools.partial(_predict, n0=n0, n=n),
+        classifier,
+        images,
+        np.arange(len(pixels)),
+        sigma=sigma,
+        seed=seed,
+        n=n,
+        batch_size=batch_size,
+        map=map,
+        progress=progress,
+    )
+    parts = [result for _, result, _ in sorted(chunks, key=lambda chunk: chunk[0][0])]  # map may be unordered
     classes, predictions = (np.concatenate(column) for column in zip(*parts, strict=True))
     counts = (predictions == classes[:, None]).sum(1)
     cache = PredictionCache(classes, counts, predictions, **tied_to)
@@ -149,7 +149,7 @@ def cache_predictions(
     return cache
 
 
-def _predict(sampler, rows, *, n0, n):
+def _predict(sampler, rows, beside, *, n0, n):
     classes, _ = sampler.select(n0)
     blocks = [sampler.predict(ESTIMATION, min(BLOCK, n - start)) for start in range(0, n, BLOCK)]
     return classes, np.concatenate([block.astype(np.min_scalar_type(int(block.max()))) for block in blocks], axis=1)

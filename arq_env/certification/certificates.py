@@ -20,12 +20,12 @@ _MORE = ("n", "draw")  # of the logs that certify writes, after the published co
 class Certificates:
     """What was certified, for each image.
 
-    :param label: int64 [images]
+    :param label: int64 [images], -1 where unknown
     :param prediction: int64 [images], -1 where the smoothed classifier abstained
     :param radius: float64 [images], L2 in units of pixels in [0, 1], around the prediction; 0 where it abstained
     :param n: int64 [images], noise samples that were drawn after the n0 of the selection
     :param seconds: float64 [images]
-    :param draw: float64 [images], the uniform draw of a randomized bound, NaN without one
+    :param draw: float64 [images], the uniform draw of a randomized bound (raised to 2 alpha where below), NaN without one
     """
 
     label: np.ndarray
@@ -41,7 +41,7 @@ class Certificates:
     @property
     def correct(self) -> np.ndarray:
         """bool [images]: predicted, and rightly."""
-        return self.prediction == self.label
+        return (self.prediction == self.label) & (self.prediction != ABSTAINED)
 
     @property
     def certified_radius(self) -> np.ndarray:
@@ -71,18 +71,24 @@ class Certificates:
 
     @classmethod
     def from_tsv(cls, path: Path) -> "Certificates":
-        """Read such a log, or one that ``certify`` wrote; where there is no column ``n`` it comes back as 0, seconds as written.
+        """Read such a log, or one that ``certify`` wrote, in the order of idx; without a column ``n`` it comes back as 0.
 
         :raises ArqError: when the file is missing or not such a table
         """
         try:
-            return cls(**_read(Path(path).read_text())[1])
+            index, columns = _read(Path(path).read_text())
+            if len(set(index)) < len(index):
+                raise ValueError("an idx is there twice")
+            order = np.argsort(index)
+            return cls(**{name: column[order] for name, column in columns.items()})
         except (OSError, ValueError, IndexError) as error:
-            raise ArqError(f"{path} is not a certification log ({error}): it needs the columns {', '.join(_COLUMNS)}") from error
+            raise ArqError(
+                f"{path} is not a whole certification log ({error}): it needs the columns {', '.join(_COLUMNS)}, and an idx once"
+            ) from error
 
 
 class CertificateLog:
-    """Certificates as they are made, appended to a file image by image, so that a killed certification goes on.
+    """Certificates as they are made, appended to a file every few images, so that a killed certification goes on.
 
     The file has the columns of published logs, then n and draw. A JSON file beside it says what it belongs to.
 
@@ -95,7 +101,7 @@ class CertificateLog:
         self._path, self._rows = path and Path(path), {}
         if self._path is None:
             return
-        beside, now = self._path.with_suffix(".settings.json"), identity()
+        beside, now = self._path.with_name(self._path.name + ".settings.json"), identity()
         if not self._path.exists():
             write_json(beside, now)
             with atomic_file(self._path) as file:

@@ -16,29 +16,30 @@ CHUNK, CHUNK_SAMPLES = 16, 16_384
 
 
 def run_in_chunks(
-    task: Callable, classifier: Callable, images, rows, *, sigma, seed, n, batch_size, map, progress
+    task: Callable, classifier: Callable, images, rows, *, sigma, seed, n, batch_size, map, progress, beside=lambda rows: None
 ) -> Iterator[tuple[np.ndarray, tuple, float]]:
-    """Call ``task(sampler, rows)`` for a few of the images at a time; yield (rows, its result, seconds an image) in order.
+    """Call ``task(sampler, rows, beside(rows))`` for a few images at a time; yield (rows, its result, seconds an image).
 
-    :param images: the caller's images as :func:`checked_images` returns them
     :param rows: indices of the images to do
     :param n: noise samples an image needs, about
+    :param beside: called here, not in ``map``'s workers: what a task needs of something too large to send to each
     """
     device = _device(classifier, images)
     if batch_size is None:
         batch_size = 32 if device is None or device.type == "cpu" else 1_024
     pixels = as_array(images)
     size = max(1, min(CHUNK, CHUNK_SAMPLES // n))
-    chunks = [(part, pixels[part]) for part in np.split(rows, range(size, len(rows), size)) if len(part)]
+    parts = [part for part in np.split(rows, range(size, len(rows), size)) if len(part)]
+    chunks = ((part, pixels[part], beside(part)) for part in parts)
     settings = {"sigma": sigma, "seed": seed, "batch_size": batch_size, "device": device}
     run = functools.partial(_run, task, classifier, settings)
-    return progress(map(run, chunks), total=len(chunks))
+    return progress(map(run, chunks), total=len(parts))
 
 
 def _run(task, classifier, settings, chunk):
-    rows, images = chunk
+    rows, images, beside = chunk
     start = time.perf_counter()
-    result = task(Sampler(classifier, images, rows, **settings), rows)
+    result = task(Sampler(classifier, images, rows, **settings), rows, beside)
     return rows, result, (time.perf_counter() - start) / len(rows)
 
 
@@ -49,7 +50,7 @@ def no_progress(iterable, total):
 
 def check_request(classifier, images, *, sigma, n0, n, seed, batch_size) -> None:
     """Raise an ArqError unless the arguments that all methods share can be used."""
-    if isinstance(classifier, torch.nn.Module) and classifier.training:
+    if isinstance(classifier, torch.nn.Module) and any(module.training for module in classifier.modules()):
         raise ArqError(
             "the classifier is in training mode, in which its output depends on the rest of the batch: call eval() first"
         )
@@ -77,13 +78,24 @@ def as_array(images) -> np.ndarray:
     return np.asarray(images.cpu() if isinstance(images, torch.Tensor) else images, np.float32)
 
 
-def classifier_digest(classifier: Callable) -> str:
-    """SHA-256 of a torch module's weights and buffers; empty for a plain function, which cannot be told from another."""
+def classifier_digest(classifier: Callable, name: str = "") -> str:
+    """What a file of results belongs to: SHA-256 of a torch module's structure and state, or a plain function's name.
+
+    :raises ArqError: for a function without a name, which cannot be told from another
+    """
     if not isinstance(classifier, torch.nn.Module):
-        return ""
-    digest = hashlib.sha256()
-    for name, tensor in classifier.state_dict().items():
-        digest.update(name.encode() + np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        if not name:
+            raise ArqError(
+                "a plain function cannot be told from another: give name=, such as its model file's digest, to keep its results"
+            )
+        return name
+    digest = hashlib.sha256((name + repr(classifier)).encode())
+    for key, value in classifier.state_dict().items():
+        digest.update(key.encode())
+        if isinstance(value, torch.Tensor) and not value.is_quantized:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
     return digest.hexdigest()
 
 

@@ -18,13 +18,16 @@ from arq_env.certification.bounds import (
     randomized_clopper_pearson_lower,
     smoothing_radius,
 )
-from arq_env.certification.cache import PredictionCache
+from arq_env.certification.cache import CachedRows
 from arq_env.certification.sampling import DRAW, ESTIMATION, FRESH, Sampler
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a method; the fields are :func:`arq_env.certification.certify`'s arguments."""
+    """What is asked of a method; the fields are :func:`arq_env.certification.certify`'s arguments.
+
+    :param cached: the images' part of the prediction cache
+    """
 
     sigma: float
     n0: int
@@ -33,7 +36,7 @@ class Request:
     radius: float | None
     price: float
     gamma: float
-    cache: PredictionCache | None
+    cached: CachedRows | None = None
 
 
 def cohen(sampler: Sampler, labels, request: Request):
@@ -47,19 +50,21 @@ def randomized(sampler: Sampler, labels, request: Request):
     """CERTIFY with the randomized Clopper-Pearson bound (Voracek, NeurIPS 2024)."""
     selected, _ = sampler.select(request.n0)
     # Below 2 alpha, k = n would prove pA = 1 and an infinite radius. A larger draw only lowers the bound.
-    draws = np.array([max(sampler.stream(DRAW, row).random(), 2 * request.alpha) for row in range(len(sampler))])
+    draws = np.array([sampler.stream(DRAW, row).random() for row in range(len(sampler))])
+    draws = np.clip(draws, min(2 * request.alpha, 1), 1)
     counts = sampler.count(ESTIMATION, request.n, selected)
-    lower = randomized_clopper_pearson_lower(counts, request.n, np.minimum(draws, 1), request.alpha)
-    return selected, lower, _all(labels, request.n), np.minimum(draws, 1)
+    lower = randomized_clopper_pearson_lower(counts, request.n, draws, request.alpha)
+    return selected, lower, _all(labels, request.n), draws
 
 
 def sequential(sampler: Sampler, labels, request: Request):
     """Fewer samples: the n0 samples of the selection are a pilot that decides how many fresh ones an image is worth.
 
     Images that the pilot finds wrong are given up: abstaining costs their radius, which would not count, nothing else.
+    Without a label (-1) none is wrong.
     """
     selected, votes = sampler.select(request.n0)
-    hopeful = np.flatnonzero(selected == labels)
+    hopeful = np.flatnonzero((selected == labels) | (labels < 0))
     decide = _count_planned if request.radius is None else _bet_until_decided
     lower, n = np.zeros(len(labels)), np.zeros(len(labels), np.int64)
     if len(hopeful):
@@ -124,9 +129,11 @@ def _bet_until_decided(sampler, rows, selected, votes, request):
 def incremental(sampler: Sampler, labels, request: Request):
     """IRS (Ugare et al., ICLR 2024, algorithm 2): the cached pA less a bound on the disagreement with the cached network.
 
-    The class is the cache's. Its pA is bounded at alpha / 2 and the disagreement at alpha / 2. Where that pA is at least gamma
-    the class is counted afresh, at alpha / 2 too: which of the two happens depends on the cached counts, and so both
-    may fail for the same image.
+    The class is the cache's. Its pA is bounded at alpha / 2 and the disagreement at alpha / 2. Where that bound L is at least
+    gamma the class is counted afresh, at alpha / 2 too. Together they fail with at most alpha, although the cached counts
+    choose between them: for pA < gamma a fresh count happens only when L > pA, so every failure needs L > pA or too small
+    a disagreement bound; for pA >= gamma a replay fails only by the disagreement bound, so every failure needs that or a
+    failing fresh count.
     """
     return _replay(sampler, labels, request, lambda cached, now, top: cached != now)
 
@@ -140,8 +147,8 @@ def paired(sampler: Sampler, labels, request: Request):
 
 
 def _replay(sampler, labels, request, harm):
-    cached = request.cache.rows(sampler.digests)
-    lower = clopper_pearson_lower(cached.counts, request.cache.n, request.alpha / 2)
+    cached = request.cached
+    lower = clopper_pearson_lower(cached.counts, cached.predictions.shape[1], request.alpha / 2)
     afresh = lower >= request.gamma
     replayed, counted = np.flatnonzero(~afresh), np.flatnonzero(afresh)
     if len(replayed):

@@ -30,6 +30,7 @@ class Sampler:
         self.device = device
         self.digests = [sha256(np.ascontiguousarray(image)) for image in images]
         self._channels_last = images.ndim == 4
+        self._keep_layout = _reads_channels_last(classifier)
         self._images = np.ascontiguousarray(np.moveaxis(images, 1, -1)) if self._channels_last else images
         self._streams = {}
 
@@ -73,20 +74,23 @@ class Sampler:
             noisy *= np.float32(self.sigma)
             noisy += images[rows[places]]
             batch = np.moveaxis(noisy, -1, 1) if self._channels_last else noisy
+            batch = batch if self._keep_layout else np.ascontiguousarray(batch)
             predictions[start : start + len(places)] = self._classes(batch, rows[places])
         return predictions.reshape(len(rows), n)
 
     @torch.inference_mode()
     def _classes(self, batch: np.ndarray, rows) -> np.ndarray:
         """Run the classifier on one batch: int64 [b]."""
-        given = np.ascontiguousarray(batch) if self.device is None else torch.from_numpy(batch).to(self.device)
-        output = self.classifier(given)
+        output = self.classifier(batch if self.device is None else torch.from_numpy(batch).to(self.device))
         if isinstance(output, torch.Tensor):
             output = output.float().cpu().numpy() if output.is_floating_point() else output.cpu().numpy()
         output = np.asarray(output)
-        if output.ndim not in (1, 2) or len(output) != len(batch):
+        logits = output.ndim == 2 and output.shape[1] > 1
+        labels = output.ndim == 1 and (not np.isfinite(output).all() or np.issubdtype(output.dtype, np.integer))
+        if not (logits or labels) or len(output) != len(batch):
             raise ArqError(
-                f"the classifier gave shape {output.shape} for {len(batch)} images: it must give [b, classes] logits or [b] labels"
+                f"the classifier gave {output.dtype} of shape {output.shape} for {len(batch)} images: it must give logits "
+                "[b, classes] of two classes or more, or whole numbers [b] as labels"
             )
         finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
         if not finite.all():
@@ -94,4 +98,13 @@ class Sampler:
                 f"the classifier gave NaN or infinite output for noisy copies of image {self.indices[rows[~finite][0]]}: "
                 "nothing is certified for it"
             )
-        return output.astype(np.int64) if output.ndim == 1 else output.argmax(axis=1)
+        if labels and output.min() < 0:
+            raise ArqError(f"the classifier gave label {output.min()}: labels are whole numbers from 0")
+        return output.astype(np.int64) if labels else output.argmax(axis=1)
+
+
+def _reads_channels_last(classifier: Callable) -> bool:
+    """Whether a module's convolutions are laid out channels-last, which their batches then are too (faster on a CPU)."""
+    parameters = classifier.parameters() if isinstance(classifier, torch.nn.Module) else ()
+    kernels = [p for p in parameters if p.dim() == 4 and min(p.shape[1], p.shape[2] * p.shape[3]) > 1]
+    return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)

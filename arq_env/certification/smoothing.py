@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from arq_env.certification.chunks import as_array, check_request, classifier_dig
 from arq_env.certification.methods import METHODS, Request
 from arq_env.errors import ArqError
 from arq_env.files import sha256
+
+_OWN_ARGUMENTS = {"sequential": ("radius", "price"), "incremental": ("gamma",), "paired": ("gamma",)}
 
 
 def certify(
@@ -36,13 +39,15 @@ def certify(
     map: Callable = map,
     progress: Callable = no_progress,
     log: Path | None = None,
+    name: str = "",
 ) -> Certificates:
     """Certify the smoothed classifier g(x) = argmax_c P(f(x + e) = c), e ~ N(0, sigma^2 I), at each image.
 
     With probability at least 1 - alpha over the noise, and for each image by itself: g is constant, and equal to the
     prediction, within the radius around the image. The noise of an image follows from ``seed`` and the image's own
     pixels, so neither batch size nor the order of the images nor ``map`` changes what the classifier is asked; only where a
-    classifier itself rounds differently in another batch can a near-tie between logits fall the other way.
+    classifier itself rounds differently in another batch can a near-tie between logits fall the other way. As everywhere in the
+    field, the statement is about exact Gaussian noise; this noise is float32.
 
     Methods:
 
@@ -50,69 +55,78 @@ def certify(
     - ``randomized``: the same samples, a bound that spends alpha to the last (Voracek 2024). Radii are a little larger and
       depend on one uniform draw an image, which is recorded.
     - ``sequential``: each image gets the samples it is worth, up to n, and images whose first n0 samples point to a wrong
-      class get none. With ``radius``, samples until it is clear whether that radius holds; other images abstain.
+      class get none: they abstain, where ``cohen`` would name that class. With ``radius``, samples until it is clear whether
+      that radius holds; other images abstain.
     - ``incremental`` (IRS, Ugare et al. 2024) and ``paired``, never worse on the same samples: for a network that
       differs little from one whose predictions are in ``cache``.
 
     :param classifier: f, from a batch [b, ...] of noisy images to logits [b, classes] or labels [b]. A torch module gets
-        float32 tensors on its own device; any other function gets what ``images`` is, arrays or tensors.
+        float32 tensors on its own device, channels-last in memory where its convolutions are; any other function gets what
+        ``images`` is, arrays or tensors.
     :param images: [n, c, h, w] in [0, 1], before normalisation: NumPy array or tensor
-    :param labels: [n] integers
+    :param labels: [n] whole numbers, -1 where unknown
     :param sigma: standard deviation of the noise, in the units of the pixels
     :param n0: noise samples that select the class
     :param n: fresh noise samples that count it; at most so many for ``sequential``, replayed ones for ``incremental``
     :param alpha: probability that an image's certificate fails, whatever the method
     :param method: one of the above
     :param radius: for ``sequential``: the one radius to decide, in the units of the pixels
-    :param price: for ``sequential``: the radius, in units of sigma, that n samples must gain to be worth drawing. 0.3 keeps
-        ACR within about 5% of all n, 0.1 within 2%
+    :param price: for ``sequential``: the radius, in units of sigma, that n samples must gain to be worth drawing; a lower price
+        buys more samples (``experiments/benchmark_certify.py`` shows what for)
     :param cache: for ``incremental`` and ``paired``: made by :func:`arq_env.certification.cache_predictions`
     :param gamma: for ``incremental`` and ``paired``: count afresh where the cached pA is at least this
     :param batch_size: noisy images a forward pass; by default 32 on a CPU, whose caches larger batches overflow, else 1,024
     :param map: anything with the built-in ``map``'s calling sequence, such as a pool's; calls run the classifier on a few images
     :param progress: called as ``progress(iterable, total=chunks)``, such as ``tqdm``
-    :param log: TSV file to which images are appended as they are done; a second call with the same arguments goes on there
+    :param log: TSV file to which images are appended as they are done, every 16 or, for n above 8,192, each; a second call
+        with the same arguments goes on there. Two processes must not share one
+    :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its weights
     :raises ArqError: for arguments out of range, for NaN or infinite logits, and for another call's log or cache
     """
     _check(classifier, images, labels, sigma, n0, n, alpha, seed, method, radius, price, cache, gamma, batch_size)
     pixels = as_array(images)
     labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels).astype(np.int64)
-    request = Request(sigma, n0, n, alpha, radius, price, gamma, cache)
-    table = CertificateLog(log, functools.partial(_identity, classifier, pixels, labels, request, method, seed))
+    request = Request(float(sigma), int(n0), int(n), float(alpha), None if radius is None else float(radius), price, gamma)
+    table = CertificateLog(log, functools.partial(_identity, classifier, name, pixels, labels, request, method, int(seed), cache))
     chunks = run_in_chunks(
         functools.partial(_certify, METHODS[method], labels, request),
         classifier,
         images,
         np.setdiff1d(np.arange(len(pixels)), table.done),
-        sigma=sigma,
-        seed=seed,
-        n=n,
+        sigma=request.sigma,
+        seed=int(seed),
+        n=request.n,
         batch_size=batch_size,
         map=map,
         progress=progress,
+        beside=functools.partial(_cached_rows, cache, pixels),
     )
     for rows, columns, seconds in chunks:
         table.append(rows, labels[rows], *columns, np.full(len(rows), seconds))
     return table.certificates()
 
 
-def _certify(method, labels, request, sampler, rows):
+def _certify(method, labels, request, sampler, rows, cached):
     """One chunk: its columns prediction, radius, n and draw."""
-    selected, lower, n, draw = method(sampler, labels[rows], request)
+    selected, lower, n, draw = method(sampler, labels[rows], replace(request, cached=cached))
     prediction = np.where(lower > 0.5, selected, ABSTAINED)
     return prediction, smoothing_radius(request.sigma, lower), n, draw
 
 
-def _identity(classifier, pixels, labels, request, method, seed) -> dict:
+def _cached_rows(cache, pixels, rows):
+    """The cache's entries for some of the images."""
+    return cache and cache.rows([sha256(np.ascontiguousarray(pixels[row])) for row in rows])
+
+
+def _identity(classifier, name, pixels, labels, request, method, seed, cache) -> dict:
     """What a log belongs to."""
-    fields = dict(vars(request))
-    cache = fields.pop("cache")
-    return fields | {
+    used = ("sigma", "n0", "n", "alpha", *_OWN_ARGUMENTS.get(method, ()))
+    return {field: getattr(request, field) for field in used} | {
         "method": method,
         "seed": seed,
         "images": sha256(np.ascontiguousarray(pixels)),
         "labels": sha256(labels),
-        "classifier": classifier_digest(classifier),
+        "classifier": classifier_digest(classifier, name),
         "cache": cache and sha256(np.ascontiguousarray(cache.predictions)),
     }
 
@@ -120,7 +134,7 @@ def _identity(classifier, pixels, labels, request, method, seed) -> dict:
 def estimate_seconds(
     classifier: Callable, images, *, n0: int = 100, n: int = 10_000, batch_size: int | None = None, map: Callable = map
 ) -> float:
-    """How long ``certify`` by ``cohen`` would take on these images, from about a second of it.
+    """How long ``certify`` by ``cohen`` would take on these images in one process, from about a second of it.
 
     :return: seconds for all the images
     """
@@ -145,6 +159,9 @@ def _check(classifier, images, labels, sigma, n0, n, alpha, seed, method, radius
     shape = tuple(getattr(labels, "shape", (len(labels),)))
     if shape != (len(images),):
         raise ArqError(f"there are {len(images)} images and labels of shape {shape}: give one label an image")
+    values = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    if not ((values >= -1) & (values == np.floor(values))).all():
+        raise ArqError("labels must be whole numbers from 0, or -1 where unknown")
     if radius is not None and not (method == "sequential" and np.isfinite(radius) and radius >= 0):
         raise ArqError(f"radius is {radius} for {method}: give one that is not negative, and only to method='sequential'")
     if not price > 0:
