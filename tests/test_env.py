@@ -242,3 +242,15 @@ def test_vectorised():
 def test_bits_are_integers_of_python(toy_env):
     _, info = play(toy_env)
     assert all(type(bit) is int for bits in info["bit_widths"].values() for bit in Bits(*bits))
+
+
+@pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("training", ["gaussian", "consistency"])
+def test_checkpoints_are_picked_by_sigma_and_training(sigma, training):
+    problem = gymnasium.make("ARQ-ResNet20-v0", sigma=sigma, training=training).unwrapped.problem
+    assert (problem.card["sigma"], problem.card["training"], problem.sigma) == (sigma, training, sigma)
+
+
+def test_an_unknown_pair_names_those_there_are():
+    with pytest.raises(ArqError, match="resnet20-cifar10-sigma0.25-gaussian, .*resnet20-cifar10-sigma1-consistency"):
+        gymnasium.make("ARQ-ResNet20-v0", sigma=0.75, training="gaussian")

@@ -152,6 +152,12 @@ def test_damaged_checkpoints(saved):
         load_checkpoint(Checkpoint("vgg", "cifar10", 0.25), folder)
 
 
+def test_all_seven_are_shipped_and_small():
+    cifar10 = [("cifar10", sigma, training) for sigma in (0.25, 0.5, 1.0) for training in ("gaussian", "consistency")]
+    assert [(c.dataset, c.sigma, c.training) for c in checkpoints.shipped()] == [*cifar10, ("signs", 0.5, "gaussian")]
+    assert sum(path.stat().st_size for path in checkpoints.SHIPPED.iterdir()) < 12e6
+
+
 @pytest.mark.parametrize("path", sorted(checkpoints.SHIPPED.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_shipped_checkpoints_load_and_are_what_their_card_says(path):
     card = json.loads(path.with_suffix(".json").read_text())
