@@ -292,6 +292,7 @@ def test_estimate(images):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it compiles
 def test_compiled_network_says_the_same(images):
     """A whole batch, a part of one, and through certify."""
     torch.manual_seed(0)
