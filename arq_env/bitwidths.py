@@ -47,10 +47,14 @@ def uniform(layers: tuple[Layer, ...], weight: int, activation: int, end_bits: i
     return complete({layer.name: Bits(weight, activation) for layer in free_layers(layers)}, layers, end_bits)
 
 
+def bops(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> int:
+    """Bit operations: the sum of MACs x weight bits x activation bits."""
+    return sum(layer.macs * bit_widths[layer.name].weight * bit_widths[layer.name].activation for layer in layers)
+
+
 def bops_fraction(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> float:
-    """Bit operations, sum of MACs x weight bits x activation bits, as a fraction of FP32's (32 x 32)."""
-    bops = sum(layer.macs * bit_widths[layer.name].weight * bit_widths[layer.name].activation for layer in layers)
-    return bops / (1024 * sum(layer.macs for layer in layers))
+    """Bit operations as a fraction of FP32's (32 x 32)."""
+    return bops(bit_widths, layers) / (1024 * sum(layer.macs for layer in layers))
 
 
 def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:

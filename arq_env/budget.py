@@ -3,7 +3,7 @@
 import math
 import numbers
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete, free_layers
+from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, free_layers
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
 
@@ -39,17 +39,11 @@ class BopsBudget:
 
     def least(self, chosen: BitWidthMap) -> int:
         """BOPs of the cheapest map that has these bits."""
-        rest = {layer.name: Bits(MIN_BITS, MIN_BITS) for layer in self.free[len(chosen) :]}
-        bit_widths = complete(rest | chosen, self.layers, self.end_bits)
-        return sum(layer.macs * math.prod(bit_widths[layer.name]) for layer in self.layers)
+        return self._bops(chosen, Bits(MIN_BITS, MIN_BITS))
 
     def even_share(self, chosen: BitWidthMap) -> float:
         """Weight bits x activation bits that every MAC of the layers to come can have, as if all had the same."""
-        to_come = self.free[len(chosen) :]
-        nothing = dict.fromkeys((layer.name for layer in to_come), Bits(0, 0))
-        bit_widths = complete(nothing | chosen, self.layers, self.end_bits)
-        spent = sum(layer.macs * math.prod(bit_widths[layer.name]) for layer in self.layers)
-        return (self.limit - spent) / self.macs_from[len(chosen)]
+        return (self.limit - self._bops(chosen, Bits(0, 0))) / self.macs_from[len(chosen)]
 
     def fit(self, bits: Bits, chosen: BitWidthMap) -> Bits:
         """Take bits off the next layer's, from the larger of the two first, until the layers after it can still have 2/2.
@@ -66,3 +60,8 @@ class BopsBudget:
             else:
                 activation -= 1
         return Bits(weight, activation)
+
+    def _bops(self, chosen: BitWidthMap, to_come: Bits) -> int:
+        """BOPs when each free layer that is not chosen yet gets these bits."""
+        rest = dict.fromkeys((layer.name for layer in self.free[len(chosen) :]), to_come)
+        return bops(complete(rest | chosen, self.layers, self.end_bits), self.layers)
