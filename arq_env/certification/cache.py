@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arq_env.certification.chunks import as_array, check_request, classifier_digest, no_progress, run_in_chunks
+from arq_env.certification.chunks import checked_images, classifier_digest, no_progress, run_in_chunks
 from arq_env.certification.sampling import BLOCK, ESTIMATION
 from arq_env.errors import ArqError
 from arq_env.files import atomic_file, sha256
@@ -112,8 +112,7 @@ def cache_predictions(
     :param name: for a plain function with a ``path``: what tells it from another
     :raises ArqError: for arguments out of range, and for a file made with another network, sigma, seed, n0, n or images
     """
-    check_request(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
-    pixels = as_array(images)
+    pixels, device = checked_images(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
     tied_to = {
         "digests": [sha256(np.ascontiguousarray(image)) for image in pixels],
         "sigma": float(sigma),
@@ -131,7 +130,8 @@ def cache_predictions(
     chunks = run_in_chunks(
         functools.partial(_predict, n0=n0, n=n),
         classifier,
-        images,
+        pixels,
+        device,
         np.arange(len(pixels)),
         sigma=sigma,
         seed=seed,

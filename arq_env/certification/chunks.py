@@ -16,18 +16,29 @@ CHUNK, CHUNK_SAMPLES = 16, 16_384
 
 
 def run_in_chunks(
-    task: Callable, classifier: Callable, images, rows, *, sigma, seed, n, batch_size, map, progress, beside=lambda rows: None
+    task: Callable,
+    classifier: Callable,
+    pixels,
+    device,
+    rows,
+    *,
+    sigma,
+    seed,
+    n,
+    batch_size,
+    map,
+    progress,
+    beside=lambda rows: None,
 ) -> Iterator[tuple[np.ndarray, tuple, float]]:
     """Call ``task(sampler, rows, beside(rows))`` for a few images at a time; yield (rows, its result, seconds an image).
 
+    :param pixels: the images as :func:`checked_images` gives them, and ``device`` as it gives it
     :param rows: indices of the images to do
     :param n: noise samples an image needs, about
     :param beside: called here, not in ``map``'s workers: what a task needs of something too large to send to each
     """
-    device = _device(classifier, images)
     if batch_size is None:
         batch_size = 32 if device is None or device.type == "cpu" else 1_024
-    pixels = as_array(images)
     size = max(1, min(CHUNK, CHUNK_SAMPLES // n))
     parts = [part for part in np.split(rows, range(size, len(rows), size)) if len(part)]
     chunks = ((part, pixels[part], beside(part)) for part in parts)
@@ -48,8 +59,11 @@ def no_progress(iterable, total):
     return iterable
 
 
-def check_request(classifier, images, *, sigma, n0, n, seed, batch_size) -> None:
-    """Raise an ArqError unless the arguments that all methods share can be used."""
+def checked_images(classifier, images, *, sigma, n0, n, seed, batch_size) -> tuple[np.ndarray, torch.device | None]:
+    """The images as a float32 array, and where their batches go as tensors (None when they stay NumPy arrays).
+
+    :raises ArqError: unless the arguments that all methods share can be used
+    """
     if isinstance(classifier, torch.nn.Module) and any(module.training for module in classifier.modules()):
         raise ArqError(
             "the classifier is in training mode, in which its output depends on the rest of the batch: call eval() first"
@@ -64,18 +78,21 @@ def check_request(classifier, images, *, sigma, n0, n, seed, batch_size) -> None
     ):
         if value < low:
             raise ArqError(f"{name} is {value}: give at least {low}")
-    pixels = as_array(images)
+    pixels = np.asarray(on_cpu(images), np.float32)
     if len(pixels) == 0:
         raise ArqError("there are 0 images: give at least one image")
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # also false for NaN
         raise ArqError(
             f"pixels range from {pixels.min():g} to {pixels.max():g}: give images in [0, 1] and let the classifier normalise"
         )
+    if isinstance(classifier, torch.nn.Module):
+        return pixels, next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
+    return pixels, images.device if isinstance(images, torch.Tensor) else None
 
 
-def as_array(images) -> np.ndarray:
-    """float32 array of an array or tensor."""
-    return np.asarray(images.cpu() if isinstance(images, torch.Tensor) else images, np.float32)
+def on_cpu(values):
+    """What NumPy can read: a tensor's copy in main memory, anything else as it is."""
+    return values.cpu() if isinstance(values, torch.Tensor) else values
 
 
 def classifier_digest(classifier: Callable, name: str = "") -> str:
@@ -97,10 +114,3 @@ def classifier_digest(classifier: Callable, name: str = "") -> str:
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def _device(classifier, images):
-    """Where the batches go as tensors; None when they stay NumPy arrays."""
-    if isinstance(classifier, torch.nn.Module):
-        return next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
-    return images.device if isinstance(images, torch.Tensor) else None

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from arq_env.certification.bounds import smoothing_radius
 from arq_env.certification.cache import PredictionCache
 from arq_env.certification.certificates import ABSTAINED, CertificateLog, Certificates
-from arq_env.certification.chunks import as_array, check_request, classifier_digest, no_progress, run_in_chunks
+from arq_env.certification.chunks import checked_images, classifier_digest, no_progress, on_cpu, run_in_chunks
 from arq_env.certification.methods import METHODS, Request
 from arq_env.errors import ArqError
 from arq_env.files import sha256
@@ -83,15 +82,16 @@ def certify(
     :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its weights
     :raises ArqError: for arguments out of range, for NaN or infinite logits, and for another call's log or cache
     """
-    _check(classifier, images, labels, sigma, n0, n, alpha, seed, method, radius, price, cache, gamma, batch_size)
-    pixels = as_array(images)
-    labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels).astype(np.int64)
+    _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma)
+    pixels, device = checked_images(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
+    labels = _checked_labels(labels, len(pixels))
     request = Request(float(sigma), int(n0), int(n), float(alpha), None if radius is None else float(radius), price, gamma)
     table = CertificateLog(log, functools.partial(_identity, classifier, name, pixels, labels, request, method, int(seed), cache))
     chunks = run_in_chunks(
         functools.partial(_certify, METHODS[method], labels, request),
         classifier,
-        images,
+        pixels,
+        device,
         np.setdiff1d(np.arange(len(pixels)), table.done),
         sigma=request.sigma,
         seed=int(seed),
@@ -150,18 +150,22 @@ def estimate_seconds(
         samples *= 4
 
 
-def _check(classifier, images, labels, sigma, n0, n, alpha, seed, method, radius, price, cache, gamma, batch_size):
+def _checked_labels(labels, count: int) -> np.ndarray:
+    """Labels as int64, or an ArqError."""
+    labels = np.asarray(on_cpu(labels))
+    if labels.shape != (count,):
+        raise ArqError(f"there are {count} images and labels of shape {labels.shape}: give one label an image")
+    if not ((labels >= -1) & (labels == np.floor(labels))).all():
+        raise ArqError("labels must be whole numbers from 0, or -1 where unknown")
+    return labels.astype(np.int64)
+
+
+def _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma):
+    """Raise an ArqError unless the method is there and its own arguments can be used."""
     if method not in METHODS:
         raise ArqError(f"there is no certification method {method!r}: choose one of {', '.join(METHODS)}")
     if not 0 < alpha < 1:
         raise ArqError(f"alpha is {alpha}: give the probability of failure, in (0, 1)")
-    check_request(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
-    shape = tuple(getattr(labels, "shape", (len(labels),)))
-    if shape != (len(images),):
-        raise ArqError(f"there are {len(images)} images and labels of shape {shape}: give one label an image")
-    values = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-    if not ((values >= -1) & (values == np.floor(values))).all():
-        raise ArqError("labels must be whole numbers from 0, or -1 where unknown")
     if radius is not None and not (method == "sequential" and np.isfinite(radius) and radius >= 0):
         raise ArqError(f"radius is {radius} for {method}: give one that is not negative, and only to method='sequential'")
     if not price > 0:
