@@ -60,6 +60,17 @@ def save_checkpoint(network: torch.nn.Module, path: Path, card: dict) -> dict:
     return card
 
 
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and card of a file that :func:`save_checkpoint` wrote; what reading raises is left to the caller.
+
+    :raises ArqError: when the bytes are not those the card was written for
+    """
+    card, data = json.loads(path.with_suffix(".json").read_text()), path.read_bytes()
+    if sha256(data) != card["digest"]:
+        raise ArqError(f"{path} is damaged (SHA-256 differs from its card's): restore it or make it again")
+    return load(data), card
+
+
 def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[torch.nn.Module, dict]:
     """Return the network in evaluation mode, channels-last, and its card.
 
@@ -83,12 +94,8 @@ def load_weights(network: torch.nn.Module, path: Path) -> dict:
             f"there is no checkpoint {path.stem} (there: {', '.join(there)}): choose one, or train it with experiments/pretrain.py"
         )
     try:
-        card, data = json.loads(card_path.read_text()), path.read_bytes()
-        if sha256(data) != card["digest"]:
-            raise ArqError(
-                f"{path} is damaged (SHA-256 differs from its card's): restore it or train it again with experiments/pretrain.py"
-            )
-        network.load_state_dict(load(data), assign=True)
+        state, card = read_weights(path)
+        network.load_state_dict(state, assign=True)
     except ArqError:
         raise
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:

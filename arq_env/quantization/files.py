@@ -1,20 +1,17 @@
 """The quantized network as a file: weights, step sizes and statistics, with a card that says what it is."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from arq_env.bitwidths import BitWidthMap
 from arq_env.errors import ArqError
-from arq_env.files import sha256
 from arq_env.layers import Layer
-from arq_env.networks.checkpoints import build_network, save_checkpoint
+from arq_env.networks.checkpoints import build_network, read_weights, save_checkpoint
 from arq_env.quantization.modules import QuantizedLayer, quantized_like, replace_module
 
 
@@ -60,10 +57,7 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
     """
     path = Path(path)
     try:
-        card, data = json.loads(path.with_suffix(".json").read_text()), path.read_bytes()
-        if sha256(data) != card["digest"]:
-            raise ArqError(f"{path} is damaged (SHA-256 differs from its card's): make it again")
-        state = load(data)
+        state, card = read_weights(path)
         if base is None:
             with torch.device("meta"):
                 network = build_network(card["network"])
