@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
-from arq_env.certification import Certificates, certify
+from arq_env.certification import Certificates, CompiledNetwork, certify
 from arq_env.certification.chunks import no_progress
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256
 from arq_env.layers import Layer
+from arq_env.problem import Problem
 from arq_env.provenance import provenance
 
 #: Name of the network that is not quantized.
@@ -105,19 +107,37 @@ def compare_maps(
         identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]
         path = None if folder is None else Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
         network = problem.network if bit_widths is None else evaluator.quantizer.quantize(bit_widths)
-        certificates[name] = certify(
-            network,
-            images,
-            labels,
-            sigma=problem.sigma,
-            n0=settings.n0,
-            n=settings.n,
-            alpha=settings.alpha,
-            seed=settings.seed,
-            progress=progress(name),
-            log=path,
-        )
+        certificates[name] = certify_on_test_images(problem, network, settings, progress=progress(name), log=path)
     return Comparison(settings, problem.layers, maps, certificates)
+
+
+def certify_on_test_images(
+    problem: Problem,
+    network: torch.nn.Module,
+    settings: TestSettings,
+    *,
+    log: Path | None = None,
+    progress: Callable = no_progress,
+) -> Certificates:
+    """Certify a network made from ``problem.network`` for a report.
+
+    :param network: quantized, fine-tuned, compiled or as it is
+    :param log, progress: as for :func:`arq_env.certification.certify`
+    """
+    images, labels = problem.test_images(settings.every, settings.offset)
+    return certify(
+        network,
+        images,
+        labels,
+        sigma=problem.sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        batch_size=network.batch_size if isinstance(network, CompiledNetwork) else None,
+        progress=progress,
+        log=log,
+    )
 
 
 def paired_difference(a: Certificates, b: Certificates) -> tuple[float, float]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from arq_env import ArqError, command_line
-from arq_env.certification import CompiledNetwork, certify, estimate_seconds
-from arq_env.comparison import TestSettings, summarize
+from arq_env.certification import CompiledNetwork, estimate_seconds
+from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.files import write_json
 from arq_env.networks.checkpoints import shipped
 from arq_env.problem import load_problem
@@ -52,22 +52,17 @@ def certify_one(checkpoint, settings, options):
         checkpoint.network, checkpoint.dataset, sigma=checkpoint.sigma, training=checkpoint.training, device=options.device
     )
     stem = options.output / f"{checkpoint.name}-n{settings.n}"
-    images, labels = problem.test_images(settings.every, settings.offset)
+    images, _ = problem.test_images(settings.every, settings.offset)
     network = CompiledNetwork(problem.network) if options.compile else problem.network
-    arguments = {"sigma": problem.sigma, "batch_size": network.batch_size if options.compile else None}
-    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n, batch_size=arguments["batch_size"])
+    batch_size = network.batch_size if options.compile else None
+    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n, batch_size=batch_size)
     print(f"{checkpoint.name}, n = {settings.n}: about {seconds / 60:.1f} minutes for {len(images)} images")
-    table = certify(
+    table = certify_on_test_images(
+        problem,
         network,
-        images,
-        labels,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
-        seed=settings.seed,
+        settings,
         progress=partial(tqdm, desc=checkpoint.name),
         log=stem.with_name(stem.name + ".tsv"),
-        **arguments,
     )
     document = {
         "checkpoint": checkpoint.name,
