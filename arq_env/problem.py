@@ -1,13 +1,16 @@
 """What is being quantized: a network, its layers, its data and its noise level."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from arq_env.bitwidths import BitWidthMap, load_map
 from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import random_crop, to_float
 from arq_env.errors import ArqError
@@ -107,6 +110,32 @@ def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: st
     module, card = load_checkpoint(Checkpoint(network, dataset, float(sigma), training))
     check_device(device)
     return Problem(module.to(device), lambda: load_dataset(dataset), float(sigma), card=card)
+
+
+def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, dict, Path]:
+    """A map's file and the problem it is for.
+
+    :param path: a run folder of a search, or a bit_widths.json, found or edited by hand
+    :return: problem, map, the file's ``provenance``, and the file
+    :raises ArqError: when it cannot be read, or was found for other weights than the shipped ones
+    """
+    path = path / "bit_widths.json" if path.is_dir() else path
+    try:
+        header = json.loads(path.read_text())
+        names = header["network"], header["dataset"]
+        made_with = header.get("provenance", {})
+        training, sigma = made_with.get("training", "gaussian"), header["sigma"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArqError(
+            f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json, or, where uniform bits "
+            "will do, FP32 or W4A4"
+        ) from error
+    problem = load_problem(*names, sigma=sigma, training=training, device=device)
+    if made_with.get("checkpoint", problem.card["digest"]) != problem.card["digest"]:
+        raise ArqError(
+            f"{path} was found for other weights than the checkpoint that is here: search again, or restore that checkpoint"
+        )
+    return problem, load_map(path, problem.layers)[0], made_with, path
 
 
 def check_device(device: str) -> None:

@@ -3,18 +3,17 @@
 Tables that are already there, for the same network, map and settings, are not made again: stop it and go on at any time.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from arq_env import ArqError, command_line
-from arq_env.bitwidths import load_map, uniform
+from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
 from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.files import write_json
-from arq_env.problem import load_problem
+from arq_env.problem import load_mapped
 from arq_env.report import comparison_table, layer_table
 
 
@@ -39,22 +38,13 @@ def parse():
 
 def main():
     options = parse()
-    path = options.run / "bit_widths.json" if options.run.is_dir() else options.run
     if not options.uniform:
         raise ArqError("--uniform needs at least one bit-width to compare with")
+    problem, found, made_with, path = load_mapped(options.run, options.device)
     try:
-        header = json.loads(path.read_text())
-        names = header["network"], header["dataset"], header["sigma"]
-        made_with = header.get("provenance", {})
-        training, certifier = made_with.get("training", "gaussian"), CertifierSettings(**made_with.get("certifier", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        certifier = CertifierSettings(**made_with.get("certifier", {}))
+    except TypeError as error:
         raise ArqError(f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json") from error
-    problem = load_problem(names[0], names[1], sigma=names[2], training=training, device=options.device)
-    if made_with.get("checkpoint", problem.card["digest"]) != problem.card["digest"]:
-        raise ArqError(
-            f"{path} was found for other weights than the checkpoint that is here: search again, or restore that checkpoint"
-        )
-    found, _ = load_map(path, problem.layers)
     maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
     evaluator = Evaluator(problem, certifier)

@@ -5,7 +5,6 @@ fine-tune the base network by the same recipe. Stop it at any time: the same com
 """
 
 import dataclasses
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -13,15 +12,15 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from arq_env import ArqError, command_line
-from arq_env.bitwidths import bops_fraction, check_map, load_map, save_map, uniform
-from arq_env.certification import CompiledNetwork, certify
-from arq_env.comparison import TestSettings, summarize
+from arq_env import command_line
+from arq_env.bitwidths import bops_fraction, check_map, save_map, uniform
+from arq_env.certification import CompiledNetwork
+from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.evaluation import Evaluator
 from arq_env.files import write_json
 from arq_env.finetuning import finetune, finetuning_recipe
 from arq_env.networks.training import Recipe, batches_per_epoch
-from arq_env.problem import load_problem
+from arq_env.problem import load_mapped, load_problem
 from arq_env.provenance import provenance
 from arq_env.quantization import model_bytes, save_quantized
 from arq_env.report import layer_table
@@ -79,18 +78,10 @@ def main():
     writer.close()
 
     settings = TestSettings(options.every, n=options.n, seed=options.seed)
-    images, labels = problem.test_images(settings.every, settings.offset)
-    certified = CompiledNetwork(network) if options.compile else network
-    certificates = certify(
-        certified,
-        images,
-        labels,
-        sigma=problem.sigma,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
-        seed=settings.seed,
-        batch_size=certified.batch_size if options.compile else None,
+    certificates = certify_on_test_images(
+        problem,
+        CompiledNetwork(network) if options.compile else network,
+        settings,
         progress=partial(tqdm, desc=f"certifying {name}"),
         log=folder / f"certificates-n{settings.n}.tsv",
     )
@@ -103,7 +94,7 @@ def main():
         "recipe": dataclasses.asdict(recipe),
         "best_epoch": card["epoch"],
         "held_out_acr": card["held_out_acr"],
-        "images": len(images),
+        "images": len(certificates),
         "settings": dataclasses.asdict(settings),
         **summarize(certificates),
     }
@@ -131,18 +122,8 @@ def chosen_map(options):
         bit_widths = uniform(problem.layers, *map(int, uniform_bits.groups()))
         check_map(bit_widths, problem.layers)
         return problem, bit_widths, options.map
-    path = Path(options.map)
-    path = path / "bit_widths.json" if path.is_dir() else path
-    try:
-        header = json.loads(path.read_text())
-        names = header["network"], header["dataset"]
-        training, sigma = header.get("provenance", {}).get("training", "gaussian"), header["sigma"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArqError(
-            f"{path} cannot be read as a bit-width map ({error}): give a run folder, a bit_widths.json, FP32 or W4A4"
-        ) from error
-    problem = load_problem(*names, sigma=sigma, training=training, device=options.device)
-    return problem, load_map(path, problem.layers)[0], path.parent.name if path.name == "bit_widths.json" else path.stem
+    problem, bit_widths, _, path = load_mapped(Path(options.map), options.device)
+    return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem
 
 
 def default_folder(options, name: str) -> Path:
