@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import pickle
 import time
 import tracemalloc
 
@@ -169,6 +170,7 @@ def test_sequential_spends_samples_where_they_pay(images):
     full = certify(halfspace, images, LABELS, **settings)
     got = certify(halfspace, images, LABELS, method="sequential", **settings)
     assert not got.n[LABELS].any() and (got.n <= 5_000).all()
+    np.testing.assert_array_equal(np.isnan(got.draw), got.n == 0)  # a randomized bound, only where something was counted
     assert got.n.mean() < 0.3 * 5_000 and got.acr > 0.9 * full.acr
     dear = certify(halfspace, images, LABELS, method="sequential", price=0.01, **settings)
     assert dear.n.sum() > got.n.sum() and dear.acr > got.acr
@@ -294,7 +296,7 @@ def test_estimate(images):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it compiles
 def test_compiled_network_says_the_same(images):
-    """A whole batch, a part of one, and through certify."""
+    """A whole batch, a part of one, and through certify, in this process and in another."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3)
@@ -305,6 +307,23 @@ def test_compiled_network_says_the_same(images):
             torch.testing.assert_close(compiled(batch[:count]), network(batch[:count]))
     got = certify(compiled, images, np.zeros(37), batch_size=8, **SETTINGS)
     np.testing.assert_allclose(got.radius, certify(network, images, np.zeros(37), **SETTINGS).radius, atol=0.02)
+    with multiprocessing.get_context("spawn").Pool(1) as processes:
+        sent = certify(compiled, images, np.zeros(37), batch_size=8, map=processes.imap, **SETTINGS)
+    assert columns(sent) == columns(got)
+    with torch.inference_mode():
+        expected = network(batch[:8])
+        network[0].weight.zero_()  # it was compiled in as a constant
+        torch.testing.assert_close(compiled(batch[:8]), expected)
+
+
+def test_a_compiled_network_arrives_once():
+    """In a worker process, which gets it with every task."""
+    network = torch.nn.Linear(3, 2).eval()
+    sent = pickle.dumps(CompiledNetwork(network, batch_size=8))
+    arrived = pickle.loads(sent)
+    assert pickle.loads(sent) is arrived and arrived.batch_size == 8 and not arrived.training
+    torch.testing.assert_close(arrived.network.weight, network.weight)
+    assert pickle.loads(pickle.dumps(CompiledNetwork(network, batch_size=4))) is not arrived
 
 
 def test_agreement_with_another_implementation():

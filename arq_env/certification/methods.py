@@ -49,9 +49,7 @@ def cohen(sampler: Sampler, labels, request: Request):
 def randomized(sampler: Sampler, labels, request: Request):
     """CERTIFY with the randomized Clopper-Pearson bound (Voracek, NeurIPS 2024)."""
     selected, _ = sampler.select(request.n0)
-    # Below 2 alpha, k = n would prove pA = 1 and an infinite radius. A larger draw only lowers the bound.
-    draws = np.array([sampler.stream(DRAW, row).random() for row in range(len(sampler))])
-    draws = np.clip(draws, min(2 * request.alpha, 1), 1)
+    draws = _draws(sampler, range(len(sampler)), request)
     counts = sampler.count(ESTIMATION, request.n, selected)
     lower = randomized_clopper_pearson_lower(counts, request.n, draws, request.alpha)
     return selected, lower, _all(labels, request.n), draws
@@ -66,28 +64,29 @@ def sequential(sampler: Sampler, labels, request: Request):
     selected, votes = sampler.select(request.n0)
     hopeful = np.flatnonzero((selected == labels) | (labels < 0))
     decide = _count_planned if request.radius is None else _bet_until_decided
-    lower, n = np.zeros(len(labels)), np.zeros(len(labels), np.int64)
+    lower, n, draws = np.zeros(len(labels)), np.zeros(len(labels), np.int64), _no_draw(labels)
     if len(hopeful):
-        lower[hopeful], n[hopeful] = decide(sampler, hopeful, selected[hopeful], votes[hopeful], request)
-    return selected, lower, n, _no_draw(labels)
+        lower[hopeful], n[hopeful], draws[hopeful] = decide(sampler, hopeful, selected[hopeful], votes[hopeful], request)
+    return selected, lower, n, draws
 
 
 def _count_planned(sampler, rows, selected, votes, request):
-    """Clopper-Pearson on as many samples as planned: valid, since the plan knows only the pilot, whose samples do not count."""
+    """The randomized bound on as many samples as planned: valid, since the plan knows only the pilot, which is not counted."""
     n = planned_samples(request.n0, request.n, request.alpha, request.price)[votes]
-    lower = np.zeros(len(rows))
+    lower, draws = np.zeros(len(rows)), _draws(sampler, rows, request)
     for size in np.unique(n[n > 0]):
         at = n == size
-        lower[at] = clopper_pearson_lower(sampler.count(ESTIMATION, size, selected[at], rows[at]), size, request.alpha)
-    return lower, n
+        counts = sampler.count(ESTIMATION, size, selected[at], rows[at])
+        lower[at] = randomized_clopper_pearson_lower(counts, size, draws[at], request.alpha)
+    return lower, n, np.where(n > 0, draws, np.nan)
 
 
 @functools.lru_cache(16)
 def planned_samples(n0: int, n: int, alpha: float, price: float) -> np.ndarray:
     """For each count in a pilot of n0, the number of fresh samples that is worth most: int64 [n0 + 1].
 
-    Worth is the radius, in sigma, expected over the pilot's posterior (Jeffreys prior), less ``price`` times the share of n
-    that is spent.
+    Worth is Clopper-Pearson's radius, in sigma, expected over the pilot's posterior (Jeffreys prior), less ``price`` times the
+    share of n that is spent.
     """
     sizes = np.unique(np.append(0, np.round(np.geomspace(max(1, n // 100), n, 25)).astype(int)))
     votes = np.arange(n0 + 1)[:, None]
@@ -123,7 +122,7 @@ def _bet_until_decided(sampler, rows, selected, votes, request):
         growth = special.rel_entr(hope, target) + special.rel_entr(1 - hope, 1 - target)
         reachable = (hope > target) & (growth * request.n > np.log(1 / request.alpha))
         active = active[(lower[active] < target) & reachable]
-    return np.where(lower >= target, lower, 0.0), n
+    return np.where(lower >= target, lower, 0.0), n, _no_draw(rows)
 
 
 def incremental(sampler: Sampler, labels, request: Request):
@@ -161,6 +160,14 @@ def _replay(sampler, labels, request, harm):
         counts = sampler.count(FRESH, request.n, cached.classes[counted], counted)
         lower[counted] = clopper_pearson_lower(counts, request.n, request.alpha / 2)
     return cached.classes, lower, _all(labels, request.n), _no_draw(labels)
+
+
+def _draws(sampler, rows, request) -> np.ndarray:
+    """Uniform draws of randomized bounds, raised to 2 alpha where below.
+
+    There k = n would prove pA = 1 and an infinite radius; a larger draw only lowers the bound.
+    """
+    return np.clip([sampler.stream(DRAW, row).random() for row in rows], min(2 * request.alpha, 1), 1)
 
 
 def _all(labels, n) -> np.ndarray:

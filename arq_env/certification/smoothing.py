@@ -53,9 +53,9 @@ def certify(
     - ``cohen`` as published (Cohen et al. 2019): what to report.
     - ``randomized``: the same samples, a bound that spends alpha to the last (Voracek 2024). Radii are a little larger and
       depend on one uniform draw an image, which is recorded.
-    - ``sequential``: each image gets the samples it is worth, up to n, and images whose first n0 samples point to a wrong
-      class get none: they abstain, where ``cohen`` would name that class. With ``radius``, samples until it is clear whether
-      that radius holds; other images abstain.
+    - ``sequential``: each image gets the samples it is worth, up to n, counted by ``randomized``'s bound, and images whose
+      first n0 samples point to a wrong class get none: they abstain, where ``cohen`` would name that class. With ``radius``,
+      samples until it is clear whether that radius holds; other images abstain.
     - ``incremental`` (IRS, Ugare et al. 2024) and ``paired``, never worse on the same samples: for a network that
       differs little from one whose predictions are in ``cache``.
 
