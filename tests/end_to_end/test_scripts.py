@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from arq_env.certification import Certificates
 from arq_env.quantization import load_quantized
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,28 @@ def test_unknown_checkpoint(tmp_path):
     done = script("certify_checkpoints", "resnet20-nothing", "--output", tmp_path / "out")
     assert_one_line_error(done, "resnet20-signs-sigma0.5-gaussian")
     assert not (tmp_path / "out").exists()
+
+
+def test_finals_are_compared(tmp_path):
+    """A made-up final: the shipped network's certificates, each radius shortened by a tenth."""
+    references, name = ROOT / "experiments/results/references", "resnet20-signs-sigma0.5-gaussian"
+    shipped = json.loads((references / f"{name}-n1000.json").read_text())
+    table = Certificates.from_tsv(references / f"{name}-n1000.tsv")
+    replace(table, radius=0.9 * table.radius).to_tsv(tmp_path / "certificates-n1000.tsv")
+    problem = {key: shipped[key] for key in ("dataset", "sigma", "training", "settings", "clean_accuracy", "certified_accuracy")}
+    final = problem | {"network": "resnet20", "map": "made up", "bops_fraction": 0.01, "model_bytes": 77_777}
+    final |= {"checkpoint": shipped["digest"], "acr": 0.9 * shipped["acr"]}
+    (tmp_path / "summary-n1000.json").write_text(json.dumps(final))
+    done = script("compare_finals", tmp_path, "--output", tmp_path / "finals.json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "finals.json").read_text())["rows"][1]
+    assert row["acr_ratio"] == pytest.approx(0.9) and row["acr_difference"] == pytest.approx(-0.1 * shipped["acr"])
+    assert row["difference_standard_error"] == pytest.approx(0.1 * shipped["acr_standard_error"])
+    for text in ("FP32 as shipped", "made up", "1.000%", "77777", "0.900"):
+        assert text in done.stdout
+    (tmp_path / "summary-n1000.json").write_text(json.dumps(final | {"checkpoint": "0" * 64}))
+    assert_one_line_error(script("compare_finals", tmp_path, "--output", tmp_path / "finals.json"), "other weights")
+    assert_one_line_error(script("compare_finals", tmp_path / "nothing"), "finalize.py")
 
 
 SHORT = ["--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "10", "--test-n", "50"]
