@@ -4,9 +4,11 @@ The speed table times real runs side by side. The samples table draws the noise 
 take its samples from this record, so that all methods see the same noise.
 """
 
+import multiprocessing
 import time
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -25,17 +27,25 @@ from arq_env.files import write_json
 from arq_env.problem import load_problem
 from arq_env.provenance import provenance
 
-PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
+PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.4, 0.6, 1.0)
 RADIUS = 0.5
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--images", type=command_line.whole(2, 500), default=50, help="test images, evenly spaced")
+    parser.add_argument("--images", type=command_line.whole(20), default=500, help="test images, evenly spaced")
+    parser.add_argument(
+        "--thin", type=command_line.whole(1), default=10, help="time, and replay for variants, on every so many-th of them"
+    )
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
     parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--processes",
+        type=command_line.whole(1),
+        default=torch.get_num_threads(),
+        help="workers, one thread each, for the compiled network",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the tables and the plot"
     )
@@ -72,19 +82,25 @@ class Recorded:
         return np.stack(taken)
 
 
-def record(network, problem, images, counts: dict[int, int], seed: int, what: str) -> tuple[dict[int, np.ndarray], list[str]]:
+def record(network, problem, images, counts: dict[int, int], seed: int, map, what: str) -> tuple[dict[int, np.ndarray], list[str]]:
     """Predictions of noisy copies, as many for each purpose as asked for; and the images' digests."""
-    settings = {"sigma": problem.sigma, "seed": seed, "batch_size": 32 if problem.device.type == "cpu" else 1_024}
-    samplers = [Sampler(network, image[None].numpy(), [i], device=problem.device, **settings) for i, image in enumerate(images)]
-    parts = [{purpose: s.predict(purpose, n) for purpose, n in counts.items()} for s in tqdm(samplers, desc=what)]
-    return {purpose: np.concatenate([part[purpose] for part in parts]) for purpose in counts}, [s.digests[0] for s in samplers]
+    run = partial(record_one, CompiledNetwork(network), problem.sigma, seed, counts)
+    parts, digests = zip(*tqdm(map(run, images.numpy()), total=len(images), desc=what), strict=True)
+    return {purpose: np.stack([part[purpose] for part in parts]) for purpose in counts}, list(digests)
 
 
-def speed(problem, images, labels, n: int, seed: int) -> dict:
-    """Seconds for cohen, for the other tool and for bare forward passes, taken in turns on parts of the images.
+def record_one(network, sigma, seed, counts, image):
+    """Predictions of one image's noisy copies, and its digest."""
+    sampler = Sampler(network, image[None], [0], sigma=sigma, seed=seed, batch_size=network.batch_size, device=torch.device("cpu"))
+    return {purpose: sampler.predict(purpose, n)[0].astype(np.uint8) for purpose, n in counts.items()}, sampler.digests[0]
 
-    All get the same module, its convolutions channels-last, which suits a CPU. Cohen is timed with the module as it is and
-    once more with it compiled, without the time of the compilation.
+
+def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> dict:
+    """Rates of cohen, of the other tool and of bare forward passes, taken in turns on parts of the images.
+
+    All get the same module, its convolutions channels-last, which suits a CPU. Cohen is timed with the module as it is, with
+    it compiled, without the time of the compilation, and with the compiled one in worker processes. What only needs a rate
+    gets a quarter of the noise samples.
     """
     try:
         from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
@@ -97,19 +113,22 @@ def speed(problem, images, labels, n: int, seed: int) -> dict:
         loss=torch.nn.CrossEntropyLoss(),
         input_shape=problem.input_shape,
         nb_classes=len(problem.dataset.classes),
-        device_type="cpu" if problem.device.type == "cpu" else "gpu",
+        device_type="cpu",
         sample_size=n0,
         scale=problem.sigma,
         alpha=alpha,
     )
-    batch = torch.rand(32, *problem.input_shape).to(problem.device, memory_format=torch.channels_last)
-    seconds, ours_acr, other_acr = dict.fromkeys(("ours", "compiled", "art", "bare"), 0.0), [], []
-    bare_forwards = 0
+    batch = torch.rand(32, *problem.input_shape).to(memory_format=torch.channels_last)
+    compiled = CompiledNetwork(network)
+    settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
+    packed = {"batch_size": compiled.batch_size, **settings}
+    seconds, forwards, ours_acr, other_acr = {}, {}, [], []
 
-    def timed(name, call):
+    def timed(name, count, call):
         start = time.perf_counter()
         result = call()
-        seconds[name] += time.perf_counter() - start
+        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+        forwards[name] = forwards.get(name, 0) + count
         return result
 
     @torch.inference_mode()
@@ -117,38 +136,32 @@ def speed(problem, images, labels, n: int, seed: int) -> dict:
         for _ in range(count // len(batch)):
             network(batch)
 
-    compiled = CompiledNetwork(network)
-    settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
-    certify(compiled, images[:1], labels[:1], n=100, batch_size=compiled.batch_size, **settings)
+    certify(compiled, images[:1], labels[:1], n=100, **packed)
+    few = slice(2 * processes)
+    certify(compiled, images[few], labels[few], n=10_000, map=map, **packed)  # a task an image, so that each worker compiles
     bare(320)
-    for part in tqdm(np.array_split(np.arange(len(images)), 5), desc="speed"):
+    quarter = n // 4
+    for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="speed"):
         few, of = images[part], labels[part]
-        got = timed("ours", lambda few=few, of=of: certify(network, few, of, n=n, **settings))
-        timed("compiled", lambda few=few, of=of: certify(compiled, few, of, n=n, batch_size=compiled.batch_size, **settings))
-        count = 32 * (len(part) * (n0 + n) // 4 // 32)  # a quarter of the forwards is enough to know their rate
-        timed("bare", lambda count=count: bare(count))
-        bare_forwards += count
-        prediction, radius = timed("art", lambda few=few: other.certify(few.numpy(), n=n))
+        all_of, fourth = len(part) * (n0 + n), len(part) * (n0 + quarter)
+        timed("plain", fourth, partial(certify, network, few, of, n=quarter, **settings))
+        timed("bare", fourth // 32 * 32, partial(bare, fourth))
+        timed("compiled", fourth, partial(certify, compiled, few, of, n=quarter, **packed))
+        got = timed("processes", all_of, partial(certify, compiled, few, of, n=n, map=map, **packed))
+        prediction, radius = timed("art", all_of, partial(other.certify, few.numpy(), n=n))
         ours_acr.append(got.certified_radius)
         other_acr.append(np.where(prediction == of, radius, 0))
-    forwards = len(images) * (n0 + n)
+    rates = {name: forwards[name] / seconds[name] for name in seconds}
     return {
         "images": len(images),
         "n": n,
         "threads": torch.get_num_threads(),
-        "seconds": {
-            "ours": seconds["ours"],
-            "ours, compiled": seconds["compiled"],
-            "adversarial-robustness-toolbox": seconds["art"],
-        },
-        "time_ratio": seconds["ours"] / seconds["art"],
-        "time_ratio_compiled": seconds["compiled"] / seconds["art"],
-        "forwards_per_second": {"ours": forwards / seconds["ours"], "bare": bare_forwards / seconds["bare"]},
-        "share_of_bare_rate": forwards / seconds["ours"] / (bare_forwards / seconds["bare"]),
-        "acr": {
-            "ours": float(np.concatenate(ours_acr).mean()),
-            "adversarial-robustness-toolbox": float(np.concatenate(other_acr).mean()),
-        },
+        "processes": processes,
+        "seconds": seconds,
+        "forwards_per_second": rates,
+        "time_ratio_to_art": {name: rates["art"] / rates[name] for name in ("plain", "compiled", "processes")},
+        "share_of_bare_rate": rates["plain"] / rates["bare"],
+        "acr": {"processes": float(np.concatenate(ours_acr).mean()), "art": float(np.concatenate(other_acr).mean())},
         "peak_megabytes": {f"n={count}": peak_megabytes(images[:1], count, seed) for count in (n // 10, n, 10 * n)},
     }
 
@@ -170,21 +183,19 @@ def run_method(method: str, labels, predictions, digests, request: Request, seed
     return {"acr": float(radius.mean()), "samples_an_image": float(n.mean()) + pilot, "radius": radius}
 
 
-def samples(problem, images, labels, n: int, replayed: int, seed: int) -> dict:
+def samples(problem, images, labels, n: int, thin: int, replayed: int, seed: int, map) -> dict:
     """All methods on the same noise: FP32 by each, and quantized variants by replaying FP32's."""
     request = Request(problem.sigma, 100, n, 0.001, None, 0.3, 0.99)
-    evaluator = Evaluator(problem)
     counts = {SELECTION: request.n0, ESTIMATION: n}
-    fp32, digests = record(problem.network, problem, images, counts, seed, "FP32")
+    fp32, digests = record(problem.network, problem, images, counts, seed, map, "FP32")
     full = run_method("cohen", labels, fp32, digests, request, seed)
-    rows, curve = {}, {"cohen": [], "randomized": [], "sequential": []}
+    curve = {"cohen": [], "randomized": [], "sequential": []}
     for size in np.unique(np.geomspace(100, n, 9).astype(int)):
         for method in ("cohen", "randomized"):
             curve[method].append(run_method(method, labels, fp32, digests, replace(request, n=int(size)), seed))
     for price in PRICES:
         got = run_method("sequential", labels, fp32, digests, replace(request, price=price), seed)
         curve["sequential"].append(got | {"price": price})
-        rows[f"sequential, price {price:g}"] = got
     for points in curve.values():
         for point in points:
             point["acr_ratio"] = point["acr"] / full["acr"]
@@ -201,18 +212,21 @@ def samples(problem, images, labels, n: int, replayed: int, seed: int) -> dict:
         "certified_by_both": int((yes & cohen_yes).sum()),
     }
 
+    images, labels, digests = images[::thin], labels[::thin], digests[::thin]
+    fp32 = {purpose: predictions[::thin] for purpose, predictions in fp32.items()}
     top = np.array([np.bincount(row).argmax() for row in fp32[SELECTION]])
     cached = CachedRows(top, (fp32[ESTIMATION] == top[:, None]).sum(1), fp32[ESTIMATION])
-    variants = {}
+    evaluator, variants = Evaluator(problem), {}
     for bits in (8, 6, 4):
         network = evaluator.quantizer.quantize(uniform(problem.layers, bits, bits))
         counts = dict.fromkeys((SELECTION, ESTIMATION, FRESH), replayed) | {SELECTION: request.n0}
-        own, _ = record(network, problem, images, counts, seed, f"W{bits}A{bits}")
+        own, _ = record(network, problem, images, counts, seed, map, f"W{bits}A{bits}")
         few = replace(request, n=replayed)
         table = {"cohen": run_method("cohen", labels, own, digests, few, seed)}
         for method in ("incremental", "paired"):
             table[method] = run_method(method, labels, own, digests, replace(few, cached=cached), seed)
         variants[f"W{bits}A{bits}"] = {
+            "images": len(images),
             "n": replayed,
             "disagreement": float((own[ESTIMATION] != fp32[ESTIMATION][:, :replayed]).mean()),
             "methods": {name: plain(row) for name, row in table.items()},
@@ -248,12 +262,13 @@ def plot(curve: dict, path: Path) -> None:
 
 def main():
     options = parse()
-    problem = load_problem("resnet20", "cifar10", sigma=0.5, device=options.device)
-    images, labels = problem.test_images(every=10_000 // options.images)
-    images, labels = images[: options.images], labels[: options.images]
-    document = {"checkpoint": problem.card["digest"], "sigma": problem.sigma, "seed": options.seed}
-    document["speed"] = speed(problem, images, labels, options.n, options.seed)
-    document["samples"] = samples(problem, images, labels, options.n, options.replayed, options.seed)
+    problem = load_problem("resnet20", "cifar10", sigma=0.5)
+    images, labels = problem.test_images(every=max(1, 10_000 // options.images))
+    images, labels, thin = images[: options.images], labels[: options.images], options.thin
+    document = {"checkpoint": problem.card["digest"], "sigma": problem.sigma, "seed": options.seed, "images": len(images)}
+    with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
+        document["speed"] = speed(problem, images[::thin], labels[::thin], options.n, options.seed, options.processes, pool.imap)
+        document["samples"] = samples(problem, images, labels, options.n, thin, options.replayed, options.seed, pool.imap)
     write_json(options.output / "benchmark.json", document | {"provenance": provenance()})
     plot(document["samples"]["curve"], options.output / "acr_against_samples.png")
     report(document)
@@ -262,9 +277,9 @@ def main():
 def report(document: dict) -> None:
     """Print what matters."""
     fast, taken = document["speed"], document["samples"]
-    ratios = f"{fast['time_ratio']:.2f} of adversarial-robustness-toolbox's time, {fast['time_ratio_compiled']:.2f} compiled"
-    print(f"cohen takes {ratios}, for the same n")
-    print(f"it runs at {fast['share_of_bare_rate']:.0%} of the rate of bare forward passes")
+    for name, ratio in fast["time_ratio_to_art"].items():
+        print(f"cohen, {name}: {ratio:.2f} of adversarial-robustness-toolbox's time")
+    print(f"plain, it runs at {fast['share_of_bare_rate']:.0%} of the rate of bare forward passes")
     print("peak memory beside the network: " + ", ".join(f"{n}: {mb:.1f} MB" for n, mb in fast["peak_megabytes"].items()))
     decision = taken["decision"]
     print(
