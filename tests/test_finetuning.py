@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from arq_env.problem import load_problem
 from arq_env.quantization import load_quantized, model_bytes, save_quantized
 from tests.toy import toy_problem
 
-RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50)
+RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, peak_rate=0.02)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_killed_finetuning_ends_the_same(evaluator, coarse, tmp_path):
     resumed, card = finetune(evaluator, coarse, RECIPE, tmp_path / "cut")
     assert card["digest"] == whole_card["digest"] and card["epoch"] == whole_card["epoch"]
     with pytest.raises(ArqError, match="another recipe"):
-        finetune(evaluator, coarse, finetuning_recipe(0.5, epochs=2, images=500, batch=50), tmp_path / "cut")
+        finetune(evaluator, coarse, replace(RECIPE, epochs=2), tmp_path / "cut")
 
 
 def test_fp32_is_finetuned_by_the_same_recipe(evaluator, tmp_path):
