@@ -134,6 +134,9 @@ def learned_rounding(x: torch.Tensor, step: torch.Tensor, low: int, high: int, e
     """Round to multiples of ``step`` so that both ``x`` and ``step`` learn (LSQ, equations 1 to 3).
 
     :param elements: values that share a step; the step's gradient is scaled by 1 / sqrt(elements x high), LSQ section 2.2
+
+    >>> learned_rounding(torch.tensor([-0.3, 0.2, 0.9]), torch.tensor(0.5), -1, 1, 3)
+    tensor([-0.5000,  0.0000,  0.5000])
     """
     scale = 1 / math.sqrt(elements * high)
     step = positive(step)

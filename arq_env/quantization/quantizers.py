@@ -30,6 +30,9 @@ def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
     :param weight: [out, ...]
     :return: [out], positive
+
+    >>> weight_steps(torch.tensor([[1.0, -1.0, 0.0], [0.5, 0.5, -0.5]]), 2)  # ternary: exact
+    tensor([1.0000, 0.5000])
     """
     low, high = integer_range(bits, signed=True)
     rows = weight.detach().flatten(1)
@@ -41,6 +44,9 @@ def activation_step(samples: torch.Tensor, bits: int) -> torch.Tensor:
 
     :param samples: [n]
     :return: scalar, positive
+
+    >>> activation_step(torch.tensor([0.0, 2.0, 4.0, 6.0]), 2), activation_step(torch.tensor([-2.0, 0.0, 2.0]), 2)
+    (tensor(2.), tensor(2.))
     """
     low, high = integer_range(bits, signed=is_signed(samples))
     rows = samples.detach().flatten()[None]
