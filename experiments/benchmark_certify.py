@@ -1,9 +1,12 @@
 """Measure the certifier: time against adversarial-robustness-toolbox, samples against ACR for every method.
 
+A run that was stopped goes on after the last section that was done.
+
 The speed table times real runs side by side. The samples table draws the noise once, at the largest n, and lets every method
 take its samples from this record, so that all methods see the same noise.
 """
 
+import json
 import multiprocessing
 import time
 import tracemalloc
@@ -27,15 +30,15 @@ from arq_env.files import write_json
 from arq_env.problem import load_problem
 from arq_env.provenance import provenance
 
-PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.4, 0.6, 1.0)
+PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.265, 0.28, 0.3, 0.4, 0.6, 1.0)
 RADIUS = 0.5
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--images", type=command_line.whole(20), default=500, help="test images, evenly spaced")
+    parser.add_argument("--images", type=command_line.whole(20), default=250, help="test images, evenly spaced")
     parser.add_argument(
-        "--thin", type=command_line.whole(1), default=10, help="time, and replay for variants, on every so many-th of them"
+        "--thin", type=command_line.whole(1), default=5, help="time, and replay for variants, on every so many-th of them"
     )
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
     parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
@@ -100,24 +103,10 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
 
     All get the same module, its convolutions channels-last, which suits a CPU. Cohen is timed with the module as it is, with
     it compiled, without the time of the compilation, and with the compiled one in worker processes. What only needs a rate
-    gets a quarter of the noise samples.
+    gets a tenth of the noise samples.
     """
-    try:
-        from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
-    except ImportError as error:
-        raise ArqError(f'the other tool is missing ({error}): pip install -e ".[test]"') from error
-
     network, n0, alpha = problem.network, 100, 0.001
-    other = PyTorchRandomizedSmoothing(
-        model=network,
-        loss=torch.nn.CrossEntropyLoss(),
-        input_shape=problem.input_shape,
-        nb_classes=len(problem.dataset.classes),
-        device_type="cpu",
-        sample_size=n0,
-        scale=problem.sigma,
-        alpha=alpha,
-    )
+    other = other_tool(problem, n0, alpha)
     batch = torch.rand(32, *problem.input_shape).to(memory_format=torch.channels_last)
     compiled = CompiledNetwork(network)
     settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
@@ -140,15 +129,15 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
     few = slice(2 * processes)
     certify(compiled, images[few], labels[few], n=10_000, map=map, **packed)  # a task an image, so that each worker compiles
     bare(320)
-    quarter = n // 4
+    tenth = n // 10
     for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="speed"):
         few, of = images[part], labels[part]
-        all_of, fourth = len(part) * (n0 + n), len(part) * (n0 + quarter)
-        timed("plain", fourth, partial(certify, network, few, of, n=quarter, **settings))
-        timed("bare", fourth // 32 * 32, partial(bare, fourth))
-        timed("compiled", fourth, partial(certify, compiled, few, of, n=quarter, **packed))
-        got = timed("processes", all_of, partial(certify, compiled, few, of, n=n, map=map, **packed))
-        prediction, radius = timed("art", all_of, partial(other.certify, few.numpy(), n=n))
+        whole, fraction = len(part) * (n0 + n), len(part) * (n0 + tenth)
+        timed("plain", fraction, partial(certify, network, few, of, n=tenth, **settings))
+        timed("bare", fraction // 32 * 32, partial(bare, fraction))
+        timed("compiled", fraction, partial(certify, compiled, few, of, n=tenth, **packed))
+        got = timed("processes", whole, partial(certify, compiled, few, of, n=n, map=map, **packed))
+        prediction, radius = timed("art", whole, partial(other.certify, few.numpy(), n=n))
         ours_acr.append(got.certified_radius)
         other_acr.append(np.where(prediction == of, radius, 0))
     rates = {name: forwards[name] / seconds[name] for name in seconds}
@@ -164,6 +153,57 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
         "acr": {"processes": float(np.concatenate(ours_acr).mean()), "art": float(np.concatenate(other_acr).mean())},
         "peak_megabytes": {f"n={count}": peak_megabytes(images[:1], count, seed) for count in (n // 10, n, 10 * n)},
     }
+
+
+def one_thread(problem, images, labels, n: int, seed: int) -> dict:
+    """As :func:`speed`, each on a single thread, with a tenth of the noise samples: two threads help one program more than
+    another, and on a busy machine they help none."""
+    threads, tenth, n0, alpha = torch.get_num_threads(), n // 10, 100, 0.001
+    torch.set_num_threads(1)
+    try:
+        other, compiled = other_tool(problem, n0, alpha), CompiledNetwork(problem.network)
+        settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
+        packed = {"batch_size": compiled.batch_size, **settings}
+        certify(compiled, images[:1], labels[:1], n=100, **packed)
+        seconds = dict.fromkeys(("plain", "compiled", "art"), 0.0)
+        for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="one thread"):
+            few, of = images[part], labels[part]
+            for name, call in (
+                ("plain", partial(certify, problem.network, few, of, n=tenth, **settings)),
+                ("compiled", partial(certify, compiled, few, of, n=tenth, **packed)),
+                ("art", partial(other.certify, few.numpy(), n=tenth)),
+            ):
+                start = time.perf_counter()
+                call()
+                seconds[name] += time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
+    forwards = len(images) * (n0 + tenth)
+    return {
+        "images": len(images),
+        "n": tenth,
+        "seconds": seconds,
+        "forwards_per_second": {name: forwards / taken for name, taken in seconds.items()},
+        "time_ratio_to_art": {name: seconds[name] / seconds["art"] for name in ("plain", "compiled")},
+    }
+
+
+def other_tool(problem, n0: int, alpha: float):
+    """The problem's network in adversarial-robustness-toolbox."""
+    try:
+        from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+    except ImportError as error:
+        raise ArqError(f'the other tool is missing ({error}): pip install -e ".[test]"') from error
+    return PyTorchRandomizedSmoothing(
+        model=problem.network,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=problem.input_shape,
+        nb_classes=len(problem.dataset.classes),
+        device_type="cpu",
+        sample_size=n0,
+        scale=problem.sigma,
+        alpha=alpha,
+    )
 
 
 def peak_megabytes(image, n: int, seed: int) -> float:
@@ -221,15 +261,16 @@ def samples(problem, images, labels, n: int, thin: int, replayed: int, seed: int
         network = evaluator.quantizer.quantize(uniform(problem.layers, bits, bits))
         counts = dict.fromkeys((SELECTION, ESTIMATION, FRESH), replayed) | {SELECTION: request.n0}
         own, _ = record(network, problem, images, counts, seed, map, f"W{bits}A{bits}")
-        few = replace(request, n=replayed)
-        table = {"cohen": run_method("cohen", labels, own, digests, few, seed)}
-        for method in ("incremental", "paired"):
-            table[method] = run_method(method, labels, own, digests, replace(few, cached=cached), seed)
+        points = {"cohen": [], "incremental": [], "paired": []}
+        for size in np.unique(np.geomspace(max(1, replayed // 10), replayed, 5).astype(int)):
+            few = replace(request, n=int(size))
+            for method in points:
+                asked = few if method == "cohen" else replace(few, cached=cached)
+                points[method].append(plain(run_method(method, labels, own, digests, asked, seed)))
         variants[f"W{bits}A{bits}"] = {
             "images": len(images),
-            "n": replayed,
             "disagreement": float((own[ESTIMATION] != fp32[ESTIMATION][:, :replayed]).mean()),
-            "methods": {name: plain(row) for name, row in table.items()},
+            "curve": points,
         }
     return {
         "cohen": plain(full),
@@ -244,17 +285,18 @@ def plain(row: dict) -> dict:
     return {name: value for name, value in row.items() if name != "radius"}
 
 
-def plot(curve: dict, path: Path) -> None:
-    """ACR against samples an image, a line a method."""
+def plot(curves: dict[str, dict], path: Path) -> None:
+    """ACR against samples an image, a panel a network and a line a method."""
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for method, points in curve.items():
-        axes.plot([p["samples_an_image"] for p in points], [p["acr"] for p in points], marker="o", label=method)
-    axes.set(xscale="log", xlabel="noise samples an image, those of the selection included", ylabel="ACR")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4))
+    for axes, (title, curve) in zip(panels, curves.items(), strict=True):
+        for method, points in curve.items():
+            axes.plot([p["samples_an_image"] for p in points], [p["acr"] for p in points], marker="o", label=method)
+        axes.set(title=title, xscale="log", xlabel="noise samples an image, selection included", ylabel="ACR")
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
@@ -265,13 +307,35 @@ def main():
     problem = load_problem("resnet20", "cifar10", sigma=0.5)
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
     images, labels, thin = images[: options.images], labels[: options.images], options.thin
-    document = {"checkpoint": problem.card["digest"], "sigma": problem.sigma, "seed": options.seed, "images": len(images)}
+    settings = {name: getattr(options, name) for name in ("thin", "n", "replayed", "seed", "processes")}
+    header = {"checkpoint": problem.card["digest"], "sigma": problem.sigma, "settings": settings | {"images": len(images)}}
+    path = options.output / "benchmark.json"
+    few, of = images[::thin], labels[::thin]
     with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
-        document["speed"] = speed(problem, images[::thin], labels[::thin], options.n, options.seed, options.processes, pool.imap)
-        document["samples"] = samples(problem, images, labels, options.n, thin, options.replayed, options.seed, pool.imap)
-    write_json(options.output / "benchmark.json", document | {"provenance": provenance()})
-    plot(document["samples"]["curve"], options.output / "acr_against_samples.png")
+        sections = {
+            "speed": lambda: speed(problem, few, of, options.n, options.seed, options.processes, pool.imap),
+            "one_thread": lambda: one_thread(problem, few, of, options.n, options.seed),
+            "samples": lambda: samples(problem, images, labels, options.n, thin, options.replayed, options.seed, pool.imap),
+        }
+        document = measured(path, header, sections)
+        for section, measure in sections.items():
+            if section not in document:
+                document[section] = measure()
+                write_json(path, document | {"provenance": provenance()})
+    taken = document["samples"]
+    curves = {"FP32": taken["curve"]} | {f"{name}, FP32 replayed": variant["curve"] for name, variant in taken["variants"].items()}
+    plot(curves, options.output / "acr_against_samples.png")
     report(document)
+
+
+def measured(path: Path, header: dict, sections) -> dict:
+    """What an interrupted run with these settings has left: the header, and the sections that are done."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return dict(header)
+    unfinished = any(section not in document for section in sections)
+    return document if unfinished and {name: document.get(name) for name in header} == header else dict(header)
 
 
 def report(document: dict) -> None:
@@ -279,6 +343,8 @@ def report(document: dict) -> None:
     fast, taken = document["speed"], document["samples"]
     for name, ratio in fast["time_ratio_to_art"].items():
         print(f"cohen, {name}: {ratio:.2f} of adversarial-robustness-toolbox's time")
+    for name, ratio in document["one_thread"]["time_ratio_to_art"].items():
+        print(f"cohen, {name}, all on one thread: {ratio:.2f} of its time")
     print(f"plain, it runs at {fast['share_of_bare_rate']:.0%} of the rate of bare forward passes")
     print("peak memory beside the network: " + ", ".join(f"{n}: {mb:.1f} MB" for n, mb in fast["peak_megabytes"].items()))
     decision = taken["decision"]
@@ -291,8 +357,8 @@ def report(document: dict) -> None:
         print(f"sequential, price {point['price']:g}: {ratios}")
     for variant, table in taken["variants"].items():
         print(f"{variant}, disagreement {table['disagreement']:.1%}")
-        for method, row in table["methods"].items():
-            print(f"  {method}: ACR {row['acr']:.4f}, {row['samples_an_image']:.0f} samples an image")
+        for method, points in table["curve"].items():
+            print(f"  {method}: ACR {points[-1]['acr']:.4f}, {points[-1]['samples_an_image']:.0f} samples an image")
 
 
 if __name__ == "__main__":
