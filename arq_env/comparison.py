@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
-from arq_env.certification import Certificates, CompiledNetwork, certify
+from arq_env.certification import Certificates, certify
 from arq_env.certification.chunks import no_progress
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256
@@ -134,7 +134,6 @@ def certify_on_test_images(
         n=settings.n,
         alpha=settings.alpha,
         seed=settings.seed,
-        batch_size=network.batch_size if isinstance(network, CompiledNetwork) else None,
         progress=progress,
         log=log,
     )

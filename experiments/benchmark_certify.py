@@ -110,7 +110,6 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
     batch = torch.rand(32, *problem.input_shape).to(memory_format=torch.channels_last)
     compiled = CompiledNetwork(network)
     settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
-    packed = {"batch_size": compiled.batch_size, **settings}
     seconds, forwards, ours_acr, other_acr = {}, {}, [], []
 
     def timed(name, count, call):
@@ -125,9 +124,9 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
         for _ in range(count // len(batch)):
             network(batch)
 
-    certify(compiled, images[:1], labels[:1], n=100, **packed)
+    certify(compiled, images[:1], labels[:1], n=100, **settings)
     few = slice(2 * processes)
-    certify(compiled, images[few], labels[few], n=10_000, map=map, **packed)  # a task an image, so that each worker compiles
+    certify(compiled, images[few], labels[few], n=10_000, map=map, **settings)  # a task an image, so that each worker compiles
     bare(320)
     tenth = n // 10
     for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="speed"):
@@ -135,8 +134,8 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
         whole, fraction = len(part) * (n0 + n), len(part) * (n0 + tenth)
         timed("plain", fraction, partial(certify, network, few, of, n=tenth, **settings))
         timed("bare", fraction // 32 * 32, partial(bare, fraction))
-        timed("compiled", fraction, partial(certify, compiled, few, of, n=tenth, **packed))
-        got = timed("processes", whole, partial(certify, compiled, few, of, n=n, map=map, **packed))
+        timed("compiled", fraction, partial(certify, compiled, few, of, n=tenth, **settings))
+        got = timed("processes", whole, partial(certify, compiled, few, of, n=n, map=map, **settings))
         prediction, radius = timed("art", whole, partial(other.certify, few.numpy(), n=n))
         ours_acr.append(got.certified_radius)
         other_acr.append(np.where(prediction == of, radius, 0))
@@ -156,32 +155,31 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
 
 
 def one_thread(problem, images, labels, n: int, seed: int) -> dict:
-    """As :func:`speed`, each on a single thread, with a tenth of the noise samples: two threads help one program more than
+    """As :func:`speed`, each on a single thread, with a twentieth of the noise samples: two threads help one program more than
     another, and on a busy machine they help none."""
-    threads, tenth, n0, alpha = torch.get_num_threads(), n // 10, 100, 0.001
+    threads, few_samples, n0, alpha = torch.get_num_threads(), n // 20, 100, 0.001
     torch.set_num_threads(1)
     try:
         other, compiled = other_tool(problem, n0, alpha), CompiledNetwork(problem.network)
         settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
-        packed = {"batch_size": compiled.batch_size, **settings}
-        certify(compiled, images[:1], labels[:1], n=100, **packed)
+        certify(compiled, images[:1], labels[:1], n=100, **settings)
         seconds = dict.fromkeys(("plain", "compiled", "art"), 0.0)
         for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="one thread"):
             few, of = images[part], labels[part]
             for name, call in (
-                ("plain", partial(certify, problem.network, few, of, n=tenth, **settings)),
-                ("compiled", partial(certify, compiled, few, of, n=tenth, **packed)),
-                ("art", partial(other.certify, few.numpy(), n=tenth)),
+                ("plain", partial(certify, problem.network, few, of, n=few_samples, **settings)),
+                ("compiled", partial(certify, compiled, few, of, n=few_samples, **settings)),
+                ("art", partial(other.certify, few.numpy(), n=few_samples)),
             ):
                 start = time.perf_counter()
                 call()
                 seconds[name] += time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)
-    forwards = len(images) * (n0 + tenth)
+    forwards = len(images) * (n0 + few_samples)
     return {
         "images": len(images),
-        "n": tenth,
+        "n": few_samples,
         "seconds": seconds,
         "forwards_per_second": {name: forwards / taken for name, taken in seconds.items()},
         "time_ratio_to_art": {name: seconds[name] / seconds["art"] for name in ("plain", "compiled")},

@@ -54,8 +54,7 @@ def certify_one(checkpoint, settings, options):
     stem = options.output / f"{checkpoint.name}-n{settings.n}"
     images, _ = problem.test_images(settings.every, settings.offset)
     network = CompiledNetwork(problem.network) if options.compile else problem.network
-    batch_size = network.batch_size if options.compile else None
-    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n, batch_size=batch_size)
+    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n)
     print(f"{checkpoint.name}, n = {settings.n}: about {seconds / 60:.1f} minutes for {len(images)} images")
     table = certify_on_test_images(
         problem,

@@ -296,19 +296,19 @@ def test_estimate(images):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it compiles
 def test_compiled_network_says_the_same(images):
-    """A whole batch, a part of one, and through certify, in this process and in another."""
+    """A whole batch, a part of one, several, and through certify, in this process and in another."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3)
     ).eval()
     compiled, batch = CompiledNetwork(network, batch_size=8), torch.from_numpy(images)
     with torch.inference_mode():
-        for count in (8, 3):
+        for count in (8, 3, 37):
             torch.testing.assert_close(compiled(batch[:count]), network(batch[:count]))
-    got = certify(compiled, images, np.zeros(37), batch_size=8, **SETTINGS)
+    got = certify(compiled, images, np.zeros(37), **SETTINGS)
     np.testing.assert_allclose(got.radius, certify(network, images, np.zeros(37), **SETTINGS).radius, atol=0.02)
     with multiprocessing.get_context("spawn").Pool(1) as processes:
-        sent = certify(compiled, images, np.zeros(37), batch_size=8, map=processes.imap, **SETTINGS)
+        sent = certify(compiled, images, np.zeros(37), map=processes.imap, **SETTINGS)
     assert columns(sent) == columns(got)
     with torch.inference_mode():
         expected = network(batch[:8])

@@ -10,11 +10,11 @@ class CompiledNetwork(torch.nn.Module):
     """``network`` through ``torch.compile`` with its weights as constants, BatchNorm folded into them.
 
     About 1.5 times as fast as the network itself on a CPU after half a minute of compilation; needs a C++ compiler. Logits
-    differ in rounding. Batches are filled up to one size, so that nothing is compiled twice. It can be sent to worker
-    processes, each of which compiles once.
+    differ in rounding. Batches are split and filled up to one size, so that nothing is compiled twice. It can be sent to
+    worker processes, each of which compiles once.
 
     :param network: in evaluation mode; changing its weights afterwards has no effect
-    :param batch_size: images of a forward pass, at most
+    :param batch_size: images of a forward pass
     """
 
     def __init__(self, network: torch.nn.Module, batch_size: int = 16):
@@ -24,6 +24,9 @@ class CompiledNetwork(torch.nn.Module):
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._run(part) for part in images.split(self.batch_size)])
+
+    def _run(self, images):
         filled = images.new_zeros(self.batch_size, *images.shape[1:]).contiguous(memory_format=torch.channels_last)
         filled[: len(images)] = images
         # Freezing must be on while the first call is traced; as an option of compile it comes too late to have an effect.
