@@ -316,6 +316,7 @@ def test_compiled_network_says_the_same(images):
         torch.testing.assert_close(compiled(batch[:8]), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it compiles
 def test_a_compiled_network_arrives_once():
     """In a worker process, which gets it with every task."""
     network = torch.nn.Linear(3, 2).eval()
