@@ -116,12 +116,14 @@ def certify_on_test_images(
     network: torch.nn.Module,
     settings: TestSettings,
     *,
+    skip_wrong: bool = True,
     log: Path | None = None,
     progress: Callable = no_progress,
 ) -> Certificates:
     """Certify a network made from ``problem.network`` for a report.
 
     :param network: quantized, fine-tuned, compiled or as it is
+    :param skip_wrong: as for :func:`arq_env.certification.certify`; the figures of a report are the same either way
     :param log, progress: as for :func:`arq_env.certification.certify`
     """
     images, labels = problem.test_images(settings.every, settings.offset)
@@ -134,6 +136,7 @@ def certify_on_test_images(
         n=settings.n,
         alpha=settings.alpha,
         seed=settings.seed,
+        skip_wrong=skip_wrong,
         progress=progress,
         log=log,
     )

@@ -145,6 +145,7 @@ class Evaluator:
             alpha=s.alpha,
             seed=s.seed,
             method=s.reward_method,
+            skip_wrong=s.reward_method in ("cohen", "randomized"),  # what is wrong cannot count
             cache=cache,
         )
         return Evaluation(

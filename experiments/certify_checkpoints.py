@@ -60,6 +60,7 @@ def certify_one(checkpoint, settings, options):
         problem,
         network,
         settings,
+        skip_wrong=False,  # the reference's table is a whole one
         progress=partial(tqdm, desc=checkpoint.name),
         log=stem.with_name(stem.name + ".tsv"),
     )

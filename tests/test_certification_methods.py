@@ -30,6 +30,7 @@ SETTINGS = {"sigma": 0.5, "n0": 30, "n": 400, "alpha": 0.01}
 METHODS = [
     {"method": "cohen"},
     {"method": "randomized"},
+    {"method": "cohen", "skip_wrong": True},
     {"method": "sequential"},
     {"method": "sequential", "radius": 0.3},
     {"method": "incremental"},
@@ -162,6 +163,31 @@ def test_randomized_records_its_draws(images, tmp_path):
     counts = np.arange(401)
     bounds = randomized_clopper_pearson_lower(counts, 400, 1.0, 0.01)
     np.testing.assert_allclose(bounds, clopper_pearson_lower(counts, 400, 0.01), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["cohen", "randomized"])
+def test_skipping_what_is_wrong_changes_no_figure(images, method, tmp_path):
+    asked = []
+
+    def counting(batch):
+        asked.append(len(batch))
+        return shifted(batch)
+
+    log = tmp_path / "log.tsv"
+    whole = certify(shifted, images, LABELS, method=method, **SETTINGS)
+    skipped = certify(counting, images, LABELS, method=method, skip_wrong=True, log=log, name="shifted", **SETTINGS)
+    wrong = whole.n != skipped.n
+    assert wrong[LABELS].all() and not wrong[whole.correct].any()
+    np.testing.assert_array_equal(skipped.certified_radius, whole.certified_radius)
+    np.testing.assert_array_equal(skipped.correct, whole.correct)
+    assert (skipped.prediction[wrong] == ABSTAINED).all() and not skipped.n[wrong].any()
+    assert sum(asked) == 37 * SETTINGS["n0"] + (~wrong).sum() * SETTINGS["n"]
+    with pytest.raises(ArqError, match="another skip_wrong"):
+        certify(shifted, images, LABELS, method=method, log=log, name="shifted", **SETTINGS)
+    unknown = certify(shifted, images, np.full(37, -1), method=method, skip_wrong=True, **SETTINGS)
+    np.testing.assert_array_equal(unknown.radius, whole.radius)
+    with pytest.raises(ArqError, match="skip_wrong"):
+        certify(shifted, images, LABELS, method="sequential", skip_wrong=True, **SETTINGS)
 
 
 def test_sequential_spends_samples_where_they_pay(images):

@@ -114,7 +114,7 @@ class CertificateLog:
             before = json.loads(beside.read_text())
         except (OSError, ValueError, IndexError) as error:
             raise ArqError(f"{path} cannot be gone on with ({error}): remove it, or choose another file") from error
-        if different := [name for name in now if before.get(name) != now[name]]:
+        if different := [name for name in now | before if before.get(name) != now.get(name)]:
             raise ArqError(f"{path} holds certificates made with another {', '.join(different)}: choose another file for these")
         os.truncate(self._path, len(whole.encode()))
         self._rows = {int(i): row for i, row in zip(index, zip(*columns.values(), strict=True), strict=True)}

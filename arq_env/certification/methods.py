@@ -36,23 +36,31 @@ class Request:
     radius: float | None
     price: float
     gamma: float
+    skip_wrong: bool = False
     cached: CachedRows | None = None
 
 
 def cohen(sampler: Sampler, labels, request: Request):
     """CERTIFY (Cohen et al. 2019, section 3.2.2): select with n0 samples, count in n fresh ones, Clopper-Pearson."""
-    selected, _ = sampler.select(request.n0)
-    counts = sampler.count(ESTIMATION, request.n, selected)
-    return selected, clopper_pearson_lower(counts, request.n, request.alpha), _all(labels, request.n), _no_draw(labels)
+    n, alpha = request.n, request.alpha
+    return _count_all(sampler, labels, request, _no_draw(labels), lambda counts, _: clopper_pearson_lower(counts, n, alpha))
 
 
 def randomized(sampler: Sampler, labels, request: Request):
     """CERTIFY with the randomized Clopper-Pearson bound (Voracek, NeurIPS 2024)."""
+    n, alpha, draws = request.n, request.alpha, _draws(sampler, range(len(sampler)), request)
+    return _count_all(sampler, labels, request, draws, lambda counts, w: randomized_clopper_pearson_lower(counts, n, w, alpha))
+
+
+def _count_all(sampler, labels, request, draws, bound):
+    """n fresh samples of each image, of those the selection gets right only if wrong ones are to be skipped."""
     selected, _ = sampler.select(request.n0)
-    draws = _draws(sampler, range(len(sampler)), request)
-    counts = sampler.count(ESTIMATION, request.n, selected)
-    lower = randomized_clopper_pearson_lower(counts, request.n, draws, request.alpha)
-    return selected, lower, _all(labels, request.n), draws
+    rows = _hopeful(selected, labels) if request.skip_wrong else np.arange(len(labels))
+    lower, n, used = np.zeros(len(labels)), np.zeros(len(labels), np.int64), _no_draw(labels)
+    if len(rows):
+        counts = sampler.count(ESTIMATION, request.n, selected[rows], rows)
+        lower[rows], n[rows], used[rows] = bound(counts, draws[rows]), request.n, draws[rows]
+    return selected, lower, n, used
 
 
 def sequential(sampler: Sampler, labels, request: Request):
@@ -62,7 +70,7 @@ def sequential(sampler: Sampler, labels, request: Request):
     Without a label (-1) none is wrong.
     """
     selected, votes = sampler.select(request.n0)
-    hopeful = np.flatnonzero((selected == labels) | (labels < 0))
+    hopeful = _hopeful(selected, labels)
     decide = _count_planned if request.radius is None else _bet_until_decided
     lower, n, draws = np.zeros(len(labels)), np.zeros(len(labels), np.int64), _no_draw(labels)
     if len(hopeful):
@@ -160,6 +168,11 @@ def _replay(sampler, labels, request, harm):
         counts = sampler.count(FRESH, request.n, cached.classes[counted], counted)
         lower[counted] = clopper_pearson_lower(counts, request.n, request.alpha / 2)
     return cached.classes, lower, _all(labels, request.n), _no_draw(labels)
+
+
+def _hopeful(selected, labels) -> np.ndarray:
+    """Indices of the images whose selected class is not known to be wrong: only their radius can count."""
+    return np.flatnonzero((selected == labels) | (labels < 0))
 
 
 def _draws(sampler, rows, request) -> np.ndarray:

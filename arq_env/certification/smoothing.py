@@ -34,6 +34,7 @@ def certify(
     price: float = 0.3,
     cache: PredictionCache | None = None,
     gamma: float = 0.99,
+    skip_wrong: bool = False,
     batch_size: int | None = None,
     map: Callable = map,
     progress: Callable = no_progress,
@@ -74,6 +75,8 @@ def certify(
         buys more samples (``experiments/benchmark_certify.py`` shows what for)
     :param cache: for ``incremental`` and ``paired``: made by :func:`arq_env.certification.cache_predictions`
     :param gamma: for ``incremental`` and ``paired``: count afresh where the cached pA is at least this
+    :param skip_wrong: for ``cohen`` and ``randomized``: draw none of the n samples of images whose first n0 point to a wrong
+        class, and abstain there. ACR and every accuracy stay exactly as they are, a wrong prediction's radius is not known
     :param batch_size: noisy images a forward pass; by default 32 on a CPU, whose caches larger batches overflow, else 1,024
     :param map: anything with the built-in ``map``'s calling sequence, such as a pool's; calls run the classifier on a few images
     :param progress: called as ``progress(iterable, total=chunks)``, such as ``tqdm``
@@ -82,10 +85,11 @@ def certify(
     :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its weights
     :raises ArqError: for arguments out of range, for NaN or infinite logits, and for another call's log or cache
     """
-    _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma)
+    _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma, skip_wrong)
     pixels, device = checked_images(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
     labels = _checked_labels(labels, len(pixels))
-    request = Request(float(sigma), int(n0), int(n), float(alpha), None if radius is None else float(radius), price, gamma)
+    target = None if radius is None else float(radius)
+    request = Request(float(sigma), int(n0), int(n), float(alpha), target, price, gamma, skip_wrong)
     table = CertificateLog(log, functools.partial(_identity, classifier, name, pixels, labels, request, method, int(seed), cache))
     chunks = run_in_chunks(
         functools.partial(_certify, METHODS[method], labels, request),
@@ -120,7 +124,7 @@ def _cached_rows(cache, pixels, rows):
 
 def _identity(classifier, name, pixels, labels, request, method, seed, cache) -> dict:
     """What a log belongs to."""
-    used = ("sigma", "n0", "n", "alpha", *_OWN_ARGUMENTS.get(method, ()))
+    used = ("sigma", "n0", "n", "alpha", *_OWN_ARGUMENTS.get(method, ()), *(("skip_wrong",) if request.skip_wrong else ()))
     return {field: getattr(request, field) for field in used} | {
         "method": method,
         "seed": seed,
@@ -160,7 +164,7 @@ def _checked_labels(labels, count: int) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma):
+def _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma, skip_wrong):
     """Raise an ArqError unless the method is there and its own arguments can be used."""
     if method not in METHODS:
         raise ArqError(f"there is no certification method {method!r}: choose one of {', '.join(METHODS)}")
@@ -172,6 +176,8 @@ def _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma):
         raise ArqError(f"price is {price}: give a positive number of sigmas")
     if not 0.5 <= gamma <= 1:
         raise ArqError(f"gamma is {gamma}: give a probability from 0.5 to 1")
+    if skip_wrong and method not in ("cohen", "randomized"):
+        raise ArqError(f"skip_wrong is for 'cohen' and 'randomized', not {method!r}: leave it out")
     if (cache is None) == (method in ("incremental", "paired")):
         raise ArqError(
             f"method {method!r} {'needs a' if cache is None else 'takes no'} cache: make one of the original network with "
