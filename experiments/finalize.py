@@ -22,7 +22,7 @@ from arq_env.finetuning import finetune, finetuning_recipe
 from arq_env.networks.training import Recipe, batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
 from arq_env.provenance import provenance
-from arq_env.quantization import model_bytes, save_quantized
+from arq_env.quantization import integer_network, model_bytes, save_quantized
 from arq_env.report import layer_table
 
 
@@ -48,6 +48,9 @@ def parse():
     parser.add_argument("--every", type=command_line.whole(1), default=20, help="certify on every so many-th test image")
     parser.add_argument("--n", type=command_line.whole(1), default=1_000, help="noise samples that count a class")
     parser.add_argument("--compile", action="store_true", help="compile for training and certification (needs a C++ compiler)")
+    parser.add_argument(
+        "--integer", action="store_true", help="certify a quantized network on integer kernels (needs an x86 CPU with VNNI)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="folder for everything (default: RUN/final, or runs/final and a name)")
     return parser.parse_args()
@@ -80,7 +83,7 @@ def main():
     settings = TestSettings(options.every, n=options.n, seed=options.seed)
     certificates = certify_on_test_images(
         problem,
-        CompiledNetwork(network) if options.compile else network,
+        for_certification(network, options, quantized=bit_widths is not None),
         settings,
         progress=partial(tqdm, desc=f"certifying {name}"),
         log=folder / f"certificates-n{settings.n}.tsv",
@@ -96,6 +99,7 @@ def main():
         "held_out_acr": card["held_out_acr"],
         "images": len(certificates),
         "settings": dataclasses.asdict(settings),
+        "integer_kernels": options.integer and bit_widths is not None,
         **summarize(certificates),
     }
     saved = save_quantized(network, folder / "network.safetensors", document | provenance())
@@ -124,6 +128,14 @@ def chosen_map(options):
         return problem, bit_widths, options.map
     problem, bit_widths, _, path = load_mapped(Path(options.map), options.device)
     return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem
+
+
+def for_certification(network, options, *, quantized: bool):
+    """The network in the form that was asked for: on integers, compiled, both or neither."""
+    integer = options.integer and quantized
+    if integer:
+        network = integer_network(network)
+    return CompiledNetwork(network, batch_size=32 if integer else 16) if options.compile else network
 
 
 def default_folder(options, name: str) -> Path:

@@ -1,0 +1,95 @@
+"""The integer network is the quantized network, to the last code."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from arq_env import ArqError
+from arq_env.bitwidths import Bits, uniform
+from arq_env.certification import certify
+from arq_env.layers import find_layers
+from arq_env.quantization import Quantizer, integer_network, load_quantized, save_quantized
+from arq_env.quantization.integer import IntegerConv2d, weight_codes
+from arq_env.quantization.quantizers import integer_range
+
+pytestmark = pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_vnni", False), reason="integer kernels need an x86 CPU with VNNI"
+)
+
+
+class Strided(nn.Module):
+    """Convolutions of every geometry, signed and unsigned inputs, with and without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False)
+        self.signed = nn.Conv2d(8, 16, (1, 3), padding=(0, 1))
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.grouped(torch.relu(self.first(x - 0.5)))
+        return self.last(torch.relu(self.signed(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_the_same_function(bits):
+    torch.manual_seed(bits)
+    network = Strided().eval()
+    images = torch.rand(40, 3, 9, 9)
+    layers = find_layers(network, (3, 9, 9))
+    quantized = Quantizer(network, layers, images).quantize(uniform(layers, bits, bits, bits))
+    integer = integer_network(quantized)
+    assert sum(isinstance(module, IntegerConv2d) for module in integer.modules()) == 3
+    exact = copy.deepcopy(quantized).double()
+    with torch.inference_mode():
+        expected = exact(images.double())
+        for same in (integer, copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))):
+            close = torch.isclose(same(images).double(), expected, atol=1e-5).all(1)
+            assert close.float().mean() > 0.9  # where a value falls on a rounding boundary to within float32, codes differ
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_found_again(bits):
+    generator = torch.Generator().manual_seed(bits)
+    low, high = integer_range(bits, signed=True)
+    codes = torch.randint(low, high + 1, (50, 4, 3, 3), generator=generator)
+    codes[0], codes[1] = 0, high
+    steps = torch.rand(50, generator=generator) * 3 + 1e-4
+    weight = codes * steps.view(-1, 1, 1, 1)
+    found, found_steps = weight_codes(weight, bits)
+    assert found.dtype == torch.int8 and found.abs().max() <= high
+    torch.testing.assert_close(found * found_steps.view(-1, 1, 1, 1), weight)
+    with pytest.raises(ArqError, match=f"more levels than {bits} bits"):
+        weight_codes(weight + torch.rand(weight.shape, generator=generator), bits)
+
+
+def test_certificates_of_a_finished_network(problem, tmp_path):
+    quantizer = Quantizer(problem.network, problem.layers, problem.calibration_images())
+    mixed = {layer.name: Bits(8 - i, 2 + i) for i, layer in enumerate(problem.layers)}
+    save_quantized(quantizer.quantize(mixed), tmp_path / "network.safetensors", {"network": "toy"})
+    network, _ = load_quantized(tmp_path / "network.safetensors", problem.network)
+    images, labels = problem.test_images(1)
+    plain, integer = (
+        certify(net, images, labels, sigma=0.5, n0=20, n=200, log=tmp_path / name)
+        for net, name in ((network, "plain.tsv"), (integer_network(network), "integer.tsv"))
+    )
+    assert abs(plain.acr - integer.acr) < 0.005 and (plain.prediction == integer.prediction).mean() > 0.95
+
+
+def test_what_integers_cannot_do(problem, monkeypatch):
+    with pytest.raises(ArqError, match="no quantized convolution"):
+        integer_network(problem.network)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(256, 2)).eval()
+    layers = find_layers(network, (3, 8, 8))
+    quantized = Quantizer(network, layers, torch.rand(8, 3, 8, 8)).quantize(uniform(layers, 4, 4))
+    with pytest.raises(ArqError, match="'0'.*reflect"):
+        integer_network(quantized)
+    with pytest.raises(ArqError, match="move the network to the CPU"):
+        integer_network(quantized.to("meta"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ArqError, match="VNNI"):
+        integer_network(quantized)
