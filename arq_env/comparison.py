@@ -148,6 +148,12 @@ def paired_difference(a: Certificates, b: Certificates) -> tuple[float, float]:
     return float(difference.mean()), standard_error(difference)
 
 
+def paired_ratio(a: Certificates, b: Certificates) -> tuple[float, float]:
+    """a's ACR over b's, and its standard error to first order (the ratio estimator's; Cochran 1977, section 6.3)."""
+    ratio = a.acr / b.acr
+    return ratio, standard_error(a.certified_radius - ratio * b.certified_radius) / b.acr
+
+
 def standard_error(values: np.ndarray) -> float:
     """Standard error of a mean over images; infinite for a single one."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf

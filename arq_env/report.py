@@ -41,8 +41,7 @@ def reference_table(documents: list[dict]) -> str:
     rows = [("data set", "sigma", "training", "n", "ACR", "clean accuracy", *(f"at {radius}" for radius in radii))]
     rows.append(("---",) * len(rows[0]))
     for d in sorted(documents, key=lambda d: (d["dataset"], d["sigma"], d["training"] == "consistency", d["settings"]["n"])):
-        reachable = smoothing_radius(d["sigma"], d["settings"]["alpha"] ** (1 / d["settings"]["n"]))
-        accuracies = (f"{d['certified_accuracy'][r]:.3f}" if float(r) <= reachable else "" for r in radii)
+        accuracies = (f"{d['certified_accuracy'][r]:.3f}" if float(r) <= _largest_radius(d) else "" for r in radii)
         acr = f"{d['acr']:.4f} +- {d['acr_standard_error']:.4f}"
         first = (d["dataset"], f"{d['sigma']:g}", d["training"], f"{d['settings']['n']:,}")
         rows.append((*first, acr, f"{d['clean_accuracy']:.3f}", *accuracies))
@@ -51,18 +50,26 @@ def reference_table(documents: list[dict]) -> str:
 
 def finals_table(rows: list[dict]) -> str:
     """Finished networks as a Markdown table, from the rows that ``experiments/compare_finals.py`` writes."""
-    radii = ("0.25", "0.5", "0.75", "1")
-    head = ("base network", "map", "BOPs of FP32", "bytes", "ACR", "of FP32's", "difference", "clean accuracy")
+    reachable = max(_largest_radius(row) for row in rows)
+    radii = [f"{step / 4:g}" for step in range(1, 13) if step / 4 <= reachable]
+    head = ("base network", "map", "BOPs of FP32", "bytes", "ACR", "of FP32 as shipped", "of FP32 finished alike", "clean accuracy")
     table = [(*head, *(f"at {radius}" for radius in radii)), ("---",) * (len(head) + len(radii))]
     for row in rows:
-        cells = [row["checkpoint"], row["map"], f"{row['bops_fraction']:.3%}", f"{row.get('model_bytes', '')}", f"{row['acr']:.4f}"]
-        if "acr_ratio" in row:
-            cells += [f"{row['acr_ratio']:.3f}", f"{row['acr_difference']:+.4f} +- {row['difference_standard_error']:.4f}"]
-        else:
-            cells += ["", ""]
-        cells += [f"{row['clean_accuracy']:.3f}", *(f"{row['certified_accuracy'][radius]:.3f}" for radius in radii)]
-        table.append(tuple(cells))
+        size = "" if row["model_bytes"] is None else f"{row['model_bytes']:,}"
+        ratios = []
+        for reference in ("shipped", "finished_alike"):
+            one = row.get("against_fp32", {}).get(reference)
+            ratios.append("" if one is None else f"{one['acr_ratio']:.3f} +- {one['acr_ratio_standard_error']:.3f}")
+        accuracies = (f"{row['certified_accuracy'][r]:.3f}" if float(r) <= _largest_radius(row) else "" for r in radii)
+        first = row["checkpoint"], row["map"], f"{row['bops_fraction']:.3%}", size, f"{row['acr']:.4f}"
+        table.append((*first, *ratios, f"{row['clean_accuracy']:.3f}", *accuracies))
     return _markdown(table)
+
+
+def _largest_radius(document: dict) -> float:
+    """The largest radius that this many samples can certify."""
+    settings = document["settings"]
+    return float(smoothing_radius(document["sigma"], settings["alpha"] ** (1 / settings["n"])))
 
 
 def _markdown(rows) -> str:

@@ -1,6 +1,8 @@
-"""Put finished networks side by side: each against the FP32 network it was made from, on the same images and noise.
+"""Put finished networks side by side, on the same images and noise.
 
-Reads what finalize.py and certify_checkpoints.py left; certifies nothing.
+Each is compared with the FP32 network it was made from, as shipped and as finished by the same recipe (when `finalize.py FP32` is
+among the folders), so that a gain from training is not taken for one from bits. Reads what finalize.py and
+certify_checkpoints.py left; certifies nothing.
 """
 
 import json
@@ -8,7 +10,7 @@ from pathlib import Path
 
 from arq_env import ArqError, command_line
 from arq_env.certification import Certificates
-from arq_env.comparison import paired_difference
+from arq_env.comparison import paired_difference, paired_ratio
 from arq_env.files import write_json
 from arq_env.provenance import provenance
 from arq_env.report import finals_table
@@ -27,21 +29,39 @@ def parse():
 
 def main():
     options = parse()
+    finals = [read(folder, f"summary-n{options.n}", f"certificates-n{options.n}") for folder in options.finals]
+    alike = {recipe_of(final): certificates for final, certificates in finals if final["map"] == "FP32"}
     rows = []
-    for folder in options.finals:
-        final, certificates = read(folder, f"summary-n{options.n}", f"certificates-n{options.n}")
+    for folder, (final, certificates) in zip(options.finals, finals, strict=True):
         name = f"{final['network']}-{final['dataset']}-sigma{final['sigma']:g}-{final['training']}"
         reference, shipped = read(options.references, f"{name}-n{options.n}", f"{name}-n{options.n}")
         if (reference["digest"], reference["settings"]) != (final["checkpoint"], final["settings"]):
             raise ArqError(f"{folder} was made from other weights than {name}, or certified otherwise: make them alike")
         if not any(row["checkpoint"] == name for row in rows):
-            rows.append({"checkpoint": name, "map": "FP32 as shipped", "bops_fraction": 1.0, **reference})
-        difference, error = paired_difference(certificates, shipped)
-        compared = {"acr_ratio": final["acr"] / reference["acr"], "acr_difference": difference, "difference_standard_error": error}
-        rows.append(final | {"checkpoint": name} | compared)
+            rows.append({"checkpoint": name, "map": "FP32 as shipped", **reference, "bops_fraction": 1.0, "model_bytes": None})
+        against = {"shipped": compare(certificates, shipped)}
+        if recipe_of(final) in alike:
+            against["finished_alike"] = compare(certificates, alike[recipe_of(final)])
+        rows.append(final | {"checkpoint": name, "against_fp32": against})
     rows.sort(key=lambda row: (row["checkpoint"], -row["bops_fraction"], row["map"] != "FP32 as shipped"))
     write_json(options.output, {"rows": rows, "provenance": provenance()})
     print(finals_table(rows))
+
+
+def recipe_of(final: dict) -> str:
+    """Base network and recipe of a finished network: what two must share to differ by their bits alone."""
+    return json.dumps([final["checkpoint"], final["recipe"]], sort_keys=True)
+
+
+def compare(a: Certificates, b: Certificates) -> dict:
+    """Paired difference and ratio of two ACRs, each with its standard error over the images."""
+    (difference, difference_error), (ratio, ratio_error) = paired_difference(a, b), paired_ratio(a, b)
+    return {
+        "acr_difference": difference,
+        "acr_difference_standard_error": difference_error,
+        "acr_ratio": ratio,
+        "acr_ratio_standard_error": ratio_error,
+    }
 
 
 def read(folder: Path, summary: str, certificates: str) -> tuple[dict, Certificates]:

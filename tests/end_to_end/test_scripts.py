@@ -102,18 +102,30 @@ def test_finals_are_compared(tmp_path):
     references, name = ROOT / "experiments/results/references", "resnet20-signs-sigma0.5-gaussian"
     shipped = json.loads((references / f"{name}-n1000.json").read_text())
     table = Certificates.from_tsv(references / f"{name}-n1000.tsv")
-    replace(table, radius=0.9 * table.radius).to_tsv(tmp_path / "certificates-n1000.tsv")
     problem = {key: shipped[key] for key in ("dataset", "sigma", "training", "settings", "clean_accuracy", "certified_accuracy")}
     final = problem | {"network": "resnet20", "map": "made up", "bops_fraction": 0.01, "model_bytes": 77_777}
     final |= {"checkpoint": shipped["digest"], "acr": 0.9 * shipped["acr"]}
-    (tmp_path / "summary-n1000.json").write_text(json.dumps(final))
-    done = script("compare_finals", tmp_path, "--output", tmp_path / "finals.json")
+    final["recipe"] = {"epochs": 4}
+    folders = {"FP32": tmp_path / "FP32", "made up": tmp_path / "map", "longer": tmp_path / "longer"}
+    changes = {"FP32": {"bops_fraction": 1.0}, "made up": {}, "longer": {"recipe": {"epochs": 8}}}
+    for name, factor in (("FP32", 1.2), ("made up", 0.9), ("longer", 0.96)):
+        folders[name].mkdir()
+        replace(table, radius=factor * table.radius).to_tsv(folders[name] / "certificates-n1000.tsv")
+        document = final | {"map": name, "acr": factor * shipped["acr"]} | changes[name]
+        (folders[name] / "summary-n1000.json").write_text(json.dumps(document))
+    done = script("compare_finals", *folders.values(), "--output", tmp_path / "finals.json")
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "finals.json").read_text())["rows"][1]
-    assert row["acr_ratio"] == pytest.approx(0.9) and row["acr_difference"] == pytest.approx(-0.1 * shipped["acr"])
-    assert row["difference_standard_error"] == pytest.approx(0.1 * shipped["acr_standard_error"])
-    for text in ("FP32 as shipped", "made up", "1.000%", "77777", "0.900"):
+    rows = {row["map"]: row for row in json.loads((tmp_path / "finals.json").read_text())["rows"]}
+    against = rows["made up"]["against_fp32"]
+    assert against["shipped"]["acr_ratio"] == pytest.approx(0.9) and against["finished_alike"]["acr_ratio"] == pytest.approx(0.75)
+    assert against["shipped"]["acr_difference"] == pytest.approx(-0.1 * shipped["acr"])
+    assert against["shipped"]["acr_difference_standard_error"] == pytest.approx(0.1 * shipped["acr_standard_error"])
+    assert against["shipped"]["acr_ratio_standard_error"] < 1e-6  # all radii shrink alike
+    assert "finished_alike" not in rows["longer"]["against_fp32"]  # another recipe than the FP32 network's
+    assert list(rows) == ["FP32 as shipped", "FP32", "made up", "longer"]
+    for text in ("FP32 as shipped", "made up", "1.000%", "77,777", "0.900 +- 0.000", "0.750 +- 0.000"):
         assert text in done.stdout
+    tmp_path = folders["made up"]
     (tmp_path / "summary-n1000.json").write_text(json.dumps(final | {"checkpoint": "0" * 64}))
     assert_one_line_error(script("compare_finals", tmp_path, "--output", tmp_path / "finals.json"), "other weights")
     assert_one_line_error(script("compare_finals", tmp_path / "nothing"), "finalize.py")
