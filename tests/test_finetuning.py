@@ -14,7 +14,7 @@ from arq_env.problem import load_problem
 from arq_env.quantization import load_quantized, model_bytes, save_quantized
 from tests.toy import toy_problem
 
-RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, peak_rate=0.02)
+RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, optimizer="sgd", peak_rate=0.02)
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ def fresh():
 
 
 @pytest.mark.parametrize(
-    "recipe", [RECIPE, replace(RECIPE, **training_method("consistency", 0.5))], ids=["gaussian", "consistency"]
+    "recipe",
+    [RECIPE, replace(RECIPE, **training_method("consistency", 0.5)), replace(RECIPE, optimizer="adamw", peak_rate=0.01)],
+    ids=["gaussian", "consistency", "adamw"],
 )
 def test_a_killed_training_resumes_to_the_same_weights(recipe, tmp_path):
     whole, cut = fresh(), fresh()

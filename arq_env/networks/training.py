@@ -26,6 +26,7 @@ class Recipe:
 
     :param cycles: how often the rate rises to its peak and falls to zero, each time over ``epochs`` / ``cycles`` epochs (warm
         restarts, Loshchilov and Hutter 2017)
+    :param optimizer: "sgd" (Nesterov) or "adamw", which needs far fewer steps under few bits
     :param noises: noisy copies of each image in a step
     :param consistency: weight lambda of the copies' divergence from their mean prediction
     :param entropy: weight eta of the mean prediction's entropy
@@ -48,6 +49,7 @@ class Recipe:
     entropy: float = 0.0
     distillation: float = 0.0
     images: int = 0
+    optimizer: str = "sgd"
     start: str = ""
 
     def __post_init__(self):
@@ -57,6 +59,8 @@ class Recipe:
         for name in ("seed", "weight_decay", "consistency", "entropy", "distillation", "images"):
             if not getattr(self, name) >= 0:
                 raise ArqError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ArqError(f"there is no optimizer {self.optimizer!r}: choose sgd or adamw")
         if self.distillation > 1:
             raise ArqError(f"distillation is {self.distillation}: give a share from 0 to 1")
         if self.cycles < 1 or self.epochs % self.cycles:
@@ -88,7 +92,7 @@ def train(
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:
-    """Train ``network`` in place with SGD (Nesterov), the rate rising and falling in one cycle or several.
+    """Train ``network`` in place, the rate rising and falling in one cycle or several.
 
     Each epoch takes one crop of each image, and ``noises`` noisy copies of it.
 
@@ -111,7 +115,11 @@ def train(
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
     others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
     groups = [{"params": others}, {"params": step_sizes, "weight_decay": 0.0}] if step_sizes else others
-    optimizer = torch.optim.SGD(groups, recipe.peak_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True)
+    decay, momentum = recipe.weight_decay, recipe.momentum
+    if recipe.optimizer == "adamw":  # a short memory for squares: quantized weights' gradients change as levels are crossed
+        optimizer = torch.optim.AdamW(groups, recipe.peak_rate, (momentum, 0.99), weight_decay=decay)
+    else:
+        optimizer = torch.optim.SGD(groups, recipe.peak_rate, momentum, weight_decay=decay, nesterov=True)
 
     def new_cycle():
         return torch.optim.lr_scheduler.OneCycleLR(
