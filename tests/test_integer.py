@@ -13,7 +13,7 @@ from arq_env.certification import certify
 from arq_env.layers import find_layers
 from arq_env.quantization import Quantizer, integer_network, load_quantized, save_quantized
 from arq_env.quantization.integer import IntegerConv2d, weight_codes
-from arq_env.quantization.quantizers import integer_range
+from arq_env.quantization.quantizers import weight_range
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu.get_capabilities().get("avx512_vnni", False), reason="integer kernels need an x86 CPU with VNNI"
@@ -55,9 +55,9 @@ def test_the_same_function(bits):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_codes_are_found_again(bits):
     generator = torch.Generator().manual_seed(bits)
-    low, high = integer_range(bits, signed=True)
-    codes = torch.randint(low, high + 1, (50, 4, 3, 3), generator=generator)
-    codes[0], codes[1] = 0, high
+    low, high, distance = weight_range(bits)
+    codes = low + distance * torch.randint(0, (high - low) // distance + 1, (50, 4, 3, 3), generator=generator)
+    codes[0], codes[1] = low, high
     steps = torch.rand(50, generator=generator) * 3 + 1e-4
     weight = codes * steps.view(-1, 1, 1, 1)
     found, found_steps = weight_codes(weight, bits)

@@ -7,7 +7,7 @@ from torch import nn
 
 from arq_env.errors import ArqError
 from arq_env.quantization.modules import QuantizedConv2d, replace_module
-from arq_env.quantization.quantizers import integer_range, to_integers
+from arq_env.quantization.quantizers import to_integers, weight_range
 
 
 def integer_network(network: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ def weight_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
     rows = weight.detach().flatten(1)
     largest = rows.abs().amax(1)
     steps = torch.where(largest == 0, 1.0, torch.nan)
-    for count in range(1, integer_range(bits, signed=True)[1] + 1):
+    for count in range(1, weight_range(bits)[1] + 1):
         step = largest / count
         whole = rows / step[:, None]
         fits = ((whole - whole.round()).abs().amax(1) < 1e-3) & steps.isnan()
