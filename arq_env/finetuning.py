@@ -26,7 +26,7 @@ def finetuning_recipe(sigma: float, **changes) -> Recipe:
         images=32_768,
         batch=64,
         optimizer="adamw",
-        peak_rate=0.001,
+        peak_rate=0.0005,
         weight_decay=1e-4,
         distillation=0.5,
     )
