@@ -57,7 +57,7 @@ def test_fp32_is_finetuned_by_the_same_recipe(evaluator, tmp_path):
     assert not torch.equal(network.middle.weight, evaluator.problem.network.middle.weight)
 
 
-@pytest.mark.parametrize("change", [{"distillation": -0.1}, {"distillation": 1.5}, {"images": -1}])
+@pytest.mark.parametrize("change", [{"distillation": -0.1}, {"distillation": 1.5}, {"images": -1}, {"optimizer": "adam"}])
 def test_recipe_out_of_range(change):
     with pytest.raises(ArqError, match=next(iter(change))):
         Recipe(**change)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,8 +10,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from arq_env import ArqError
 from arq_env.certification import Certificates
 from arq_env.quantization import load_quantized
 
@@ -89,6 +93,24 @@ def test_finalizing_mistakes(tmp_path, wanted, part):
     done = script("finalize", wanted, "--dataset", "signs", "--sigma", sigma, "--output", tmp_path / "out")
     assert_one_line_error(done, part)
     assert not (tmp_path / "out").exists()
+
+
+def test_agreement_of_rankings(tmp_path):
+    """Perfect, reversed and none, and a table of finished maps that a kill cut short."""
+    functions = runpy.run_path(str(ROOT / "experiments/rank_maps.py"))
+    radii = np.linspace(0.1, 0.9, 12)[:, None] + np.random.default_rng(0).normal(0, 0.01, (12, 500))
+    scores = {"same": radii.mean(1), "reversed": -radii.mean(1), "none": np.random.default_rng(1).permutation(12)}
+    records = [{"radii_after": list(radii[i]), "in_loop": {name: s[i] for name, s in scores.items()}} for i in range(12)]
+    found = functions["agreement"](records)
+    assert found["correlation"]["same"] == pytest.approx(1) and found["correlation"]["reversed"] == pytest.approx(-1)
+    assert abs(found["correlation"]["none"]) < 0.6 and found["reliability"] == pytest.approx(1)
+    read, lines = functions["read"], tmp_path / "out" / "maps.jsonl"
+    assert read(lines, {"sigma": 0.5}) == []
+    with open(lines, "a") as file:
+        file.write('{"index": 3}\n{"ind')
+    assert read(lines, {"sigma": 0.5}) == [{"index": 3}] and lines.read_text().endswith("3}\n")
+    with pytest.raises(ArqError, match="other settings"):
+        read(lines, {"sigma": 1.0})
 
 
 def test_unknown_checkpoint(tmp_path):
@@ -216,6 +238,10 @@ def test_a_map_is_finalized(tmp_path):
     network, card = load_quantized(first / "network.safetensors")
     assert card["digest"] == summary["digest"] and network.stage1[0].conv1.weight_bits == 3
     assert script(*command).stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+    if torch.cpu.get_capabilities().get("avx512_vnni", False):
+        assert script(*command, "--n", "31", "--integer").returncode == 0
+        on_integers = json.loads((first / "summary-n31.json").read_text())
+        assert on_integers["integer_kernels"] and on_integers["acr"] == pytest.approx(summary["acr"], abs=0.02)
 
     document = json.loads((first / "bit_widths.json").read_text())
     document["layers"][5]["weight_bits"] = 8

@@ -1,0 +1,186 @@
+"""Does the in-loop evaluation rank maps as they rank once they are finished? Spearman's correlation over random maps.
+
+Every map is scored as in a search, without fine-tuning, then fine-tuned and certified on reward images that the in-loop
+evaluation does not see. Stop it at any time: every map that is done is in the JSON lines beside the result, and the same
+command goes on there.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+from arq_env import ArqError, command_line
+from arq_env.bitwidths import Bits
+from arq_env.certification import certify
+from arq_env.env import ArqEnv
+from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.files import write_json
+from arq_env.finetuning import finetuning_recipe
+from arq_env.networks.training import train
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+
+#: Images that judge the finished networks: the reward split's last ones.
+JUDGES = 1_024
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--maps", type=command_line.whole(4), default=30, help="random maps, the budgets taking turns")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1 / 64, 0.009], help="bit operations, as fractions of FP32's")
+    parser.add_argument("--sigma", type=float, default=0.5, help="standard deviation of the noise")
+    parser.add_argument("--training", default="gaussian", help="of the base network")
+    parser.add_argument("--steps", type=command_line.whole(1), default=128, help="batches of fine-tuning")
+    parser.add_argument(
+        "--n", type=command_line.whole(1), default=32, help="noise samples that count a class of a finished network"
+    )
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
+    parser.add_argument(
+        "--processes", type=command_line.whole(1), default=torch.get_num_threads(), help="maps at a time, a thread each"
+    )
+    parser.add_argument("--output", type=Path, default=Path("experiments/results/rank_maps"), help="folder for the figures")
+    return parser.parse_args()
+
+
+class Worker:
+    """Scores and finishes maps in one process, on one thread; built once there."""
+
+    def __init__(self, options):
+        torch.set_num_threads(1)
+        self.options = options
+        problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
+        self.env = ArqEnv(problem)
+        self.evaluators = {
+            "512 x 8": self.env.evaluator,
+            "128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32)),
+        }
+        self.evaluators["128 x 32"].quantizer = self.env.evaluator.quantizer  # the same calibration
+
+    def map(self, index: int) -> dict:
+        """The map of an episode of random actions under the budget whose turn it is, and its scores."""
+        options, problem, quantizer = self.options, self.env.problem, self.env.evaluator.quantizer
+        budget = options.budgets[index % len(options.budgets)]
+        self.env.reset(options={"budget": budget})
+        self.env.action_space.seed(options.seed * 10_000 + index)
+        done = False
+        while not done:
+            _, _, done, _, info = self.env.step(self.env.action_space.sample())
+        bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
+        in_loop = {name: evaluator.evaluate(bit_widths) for name, evaluator in self.evaluators.items()}
+        network, start = quantizer.learnable(bit_widths), time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            train(network, problem.dataset, recipe_of(options, problem), Path(folder), teacher=problem.network)
+        trained = time.perf_counter() - start
+        after = self.judge(quantizer.freeze(network))
+        return {
+            "index": index,
+            "budget": budget,
+            "bops_fraction": info["bops_fraction"],
+            "bit_widths": info["bit_widths"],
+            "in_loop": {name: evaluation.acr for name, evaluation in in_loop.items()},
+            "in_loop_seconds": {name: evaluation.seconds for name, evaluation in in_loop.items()},
+            "training_seconds": trained,
+            "after": float(after.mean()),
+            "radii_after": [round(float(radius), 4) for radius in after],
+        }
+
+    def judge(self, network) -> np.ndarray:
+        """Certified radii on the last images of the reward split."""
+        problem, options = self.env.problem, self.options
+        images, labels = problem.reward_images(JUDGES, len(problem.dataset.reward.images) - JUDGES)
+        samples = {"n0": 8, "n": options.n, "alpha": 0.05, "seed": options.seed, "skip_wrong": True}
+        return certify(network, images, labels, sigma=problem.sigma, **samples).certified_radius
+
+
+def recipe_of(options, problem):
+    """A short cycle of the recipe for finished networks, without the choice of an epoch."""
+    recipe = finetuning_recipe(problem.sigma)
+    images = options.steps * recipe.batch
+    return dataclasses.replace(recipe, epochs=1, images=images, seed=options.seed, precision="bf16", start=problem.card["digest"])
+
+
+worker: Worker | None = None
+
+
+def start_worker(options) -> None:
+    """Called in each process before its first map."""
+    global worker
+    worker = Worker(options)
+
+
+def do_map(index: int) -> dict:
+    """What a process does with an index."""
+    return worker.map(index)
+
+
+def agreement(records: list[dict]) -> dict:
+    """Spearman's correlation of each in-loop evaluation with the finished networks' ACR, and what it could be at best.
+
+    At best: the correlation between the two halves of the judging images, stepped up to all of them (Spearman and Brown).
+    """
+    after = np.array([record["radii_after"] for record in records])
+    halves = stats.spearmanr(after[:, ::2].mean(1), after[:, 1::2].mean(1)).statistic
+    scores = {name: [record["in_loop"][name] for record in records] for name in records[0]["in_loop"]}
+    return {
+        "maps": len(records),
+        "correlation": {name: float(stats.spearmanr(score, after.mean(1)).statistic) for name, score in scores.items()},
+        "reliability": float(2 * halves / (1 + halves)),
+    }
+
+
+def main():
+    options = parse()
+    problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
+    settings = {name: getattr(options, name) for name in ("budgets", "sigma", "training", "steps", "n", "seed")}
+    settings |= {"checkpoint": problem.card["digest"], "recipe": dataclasses.asdict(recipe_of(options, problem))}
+    lines = options.output / "maps.jsonl"
+    records = read(lines, settings)
+    wanted = [index for index in range(options.maps) if index not in {record["index"] for record in records}]
+    if wanted:
+        with multiprocessing.get_context("spawn").Pool(options.processes, start_worker, (options,)) as pool:
+            for record in tqdm(pool.imap_unordered(do_map, wanted), total=len(wanted), desc="maps", smoothing=0):
+                records.append(record)
+                with open(lines, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+    records = sorted((r for r in records if r["index"] < options.maps), key=lambda r: r["index"])
+    document = {"settings": settings, "judging_images": JUDGES, "all": agreement(records)}
+    for budget in options.budgets:
+        document[f"budget {budget:g}"] = agreement([r for r in records if r["budget"] == budget])
+    document["in_loop_seconds"] = {
+        name: float(np.median([r["in_loop_seconds"][name] for r in records])) for name in records[0]["in_loop_seconds"]
+    }
+    write_json(options.output / "agreement.json", document | {"provenance": provenance()})
+    for part, table in document.items():
+        if isinstance(table, dict) and "correlation" in table:
+            print(f"{part}: {table['maps']} maps, reliability of the finished score {table['reliability']:.2f}")
+            for name, correlation in table["correlation"].items():
+                print(f"  {name}: {correlation:.2f}")
+
+
+def read(lines: Path, settings: dict) -> list[dict]:
+    """The maps that are done; the first line says under which settings.
+
+    :raises ArqError: when they were made under others
+    """
+    if not lines.exists():
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        lines.write_text(json.dumps(settings) + "\n")
+    text = lines.read_text()
+    whole = text[: text.rindex("\n") + 1]  # a kill may have cut the last line
+    lines.write_text(whole)
+    first, *rest = (json.loads(line) for line in whole.splitlines())
+    if first != json.loads(json.dumps(settings)):
+        raise ArqError(f"{lines} was made with other settings: choose another --output")
+    return rest
+
+
+if __name__ == "__main__":
+    command_line.run(main)
