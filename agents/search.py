@@ -16,7 +16,7 @@ from agents.trace import Episode, read_trace
 from arq_env.bitwidths import save_map
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
-from arq_env.files import atomic_file, write_json
+from arq_env.files import atomic_file, drop_partial_line, write_json
 from arq_env.provenance import provenance
 
 #: Maps with the highest rewards that are judged again, on other images.
@@ -151,14 +151,5 @@ def _open_folder(folder: Path, algorithm: str, env, seed: int, config: dict) -> 
     if differing:
         raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
     episodes = read_trace(folder / "trace.jsonl")
-    _drop_partial_line(folder / "trace.jsonl")
+    drop_partial_line(folder / "trace.jsonl")
     return episodes
-
-
-def _drop_partial_line(path: Path) -> None:
-    """Cut off a last line without its end, which a kill left."""
-    if path.exists():
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            with atomic_file(path) as file:
-                file.write(data[: data.rfind(b"\n") + 1])

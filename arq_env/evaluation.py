@@ -7,6 +7,7 @@ from functools import cached_property
 
 from arq_env.bitwidths import BitWidthMap
 from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
+from arq_env.certification.methods import SKIPPING
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import Problem
@@ -145,7 +146,7 @@ class Evaluator:
             alpha=s.alpha,
             seed=s.seed,
             method=s.reward_method,
-            skip_wrong=s.reward_method in ("cohen", "randomized"),  # what is wrong cannot count
+            skip_wrong=s.reward_method in SKIPPING,  # what is wrong cannot count
             cache=cache,
         )
         return Evaluation(

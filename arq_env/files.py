@@ -49,6 +49,15 @@ def write_json(path: Path, document: dict) -> None:
         file.write((json.dumps(document, indent=2) + "\n").encode())
 
 
+def drop_partial_line(path: Path) -> None:
+    """Cut off a last line without its end, which a kill left."""
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            with atomic_file(path) as file:
+                file.write(data[: data.rfind(b"\n") + 1])
+
+
 def sha256(data) -> str:
     """SHA-256 of a buffer (bytes or a C-contiguous array), as hex."""
     return hashlib.sha256(data).hexdigest()

@@ -22,7 +22,7 @@ from arq_env.bitwidths import Bits
 from arq_env.certification import certify
 from arq_env.env import ArqEnv
 from arq_env.evaluation import CertifierSettings, Evaluator
-from arq_env.files import write_json
+from arq_env.files import drop_partial_line, write_json
 from arq_env.finetuning import finetuning_recipe
 from arq_env.networks.training import train
 from arq_env.problem import load_problem
@@ -122,9 +122,9 @@ def do_map(index: int) -> dict:
 
 
 def agreement(records: list[dict]) -> dict:
-    """Spearman's correlation of each in-loop evaluation with the finished networks' ACR, and what it could be at best.
+    """Spearman's correlation of each in-loop evaluation with the finished networks' ACR, and that ACR's reliability.
 
-    At best: the correlation between the two halves of the judging images, stepped up to all of them (Spearman and Brown).
+    Reliability: the correlation between the two halves of the judging images, stepped up to all of them (Spearman and Brown).
     """
     after = np.array([record["radii_after"] for record in records])
     halves = stats.spearmanr(after[:, ::2].mean(1), after[:, 1::2].mean(1)).statistic
@@ -173,10 +173,8 @@ def read(lines: Path, settings: dict) -> list[dict]:
     if not lines.exists():
         lines.parent.mkdir(parents=True, exist_ok=True)
         lines.write_text(json.dumps(settings) + "\n")
-    text = lines.read_text()
-    whole = text[: text.rindex("\n") + 1]  # a kill may have cut the last line
-    lines.write_text(whole)
-    first, *rest = (json.loads(line) for line in whole.splitlines())
+    drop_partial_line(lines)
+    first, *rest = (json.loads(line) for line in lines.read_text().splitlines())
     if first != json.loads(json.dumps(settings)):
         raise ArqError(f"{lines} was made with other settings: choose another --output")
     return rest

@@ -280,3 +280,35 @@ def test_training_mode_is_an_error():
     with pytest.raises(ArqError, match="eval()"):
         certify(classifier, images, [0, 0], **SETTINGS)
     assert len(certify(classifier.eval(), images, [0, 0], **SETTINGS)) == 2
+
+
+def test_agreement_with_another_implementation():
+    """adversarial-robustness-toolbox's randomized smoothing of the same network: radii agree within the sampling error."""
+    from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing  # takes two seconds
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3)).eval()
+    rng = np.random.default_rng(0)
+    images = rng.random((24, 3, 4, 4)).astype(np.float32)
+    sigma, n0, n, alpha = 0.25, 100, 4_000, 0.001
+    ours = certify(network, images, np.zeros(24), sigma=sigma, n0=n0, n=n, alpha=alpha)
+    other = PyTorchRandomizedSmoothing(
+        model=network,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=(3, 4, 4),
+        nb_classes=3,
+        device_type="cpu",
+        sample_size=n0,
+        scale=sigma,
+        alpha=alpha,
+    )
+    np.random.seed(0)
+    prediction, radius = other.certify(images, n=n, batch_size=500)
+    both = (prediction >= 0) & (ours.prediction >= 0)
+    assert both.sum() > 15 and (prediction[both] == ours.prediction[both]).all()
+    assert ((prediction < 0) == (ours.prediction < 0)).mean() > 0.9
+    # the counts behind both are independent draws of B(n, p): compare the bounds they were turned into
+    ours_p, other_p = (stats.norm.cdf(r[both] / sigma) for r in (ours.radius, radius))
+    spread = np.sqrt(2 * ours_p * (1 - ours_p) / n)
+    assert (np.abs(ours_p - other_p) < 5 * spread + 2e-3).all()
+    assert np.abs(ours_p - other_p).mean() < 1.5 * spread.mean()

@@ -12,12 +12,10 @@ from arq_env.bitwidths import Bits, uniform
 from arq_env.certification import certify
 from arq_env.layers import find_layers
 from arq_env.quantization import Quantizer, integer_network, load_quantized, save_quantized
-from arq_env.quantization.integer import IntegerConv2d, weight_codes
+from arq_env.quantization.integer import IntegerConv2d, integer_kernels, weight_codes
 from arq_env.quantization.quantizers import weight_range
 
-pytestmark = pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get("avx512_vnni", False), reason="integer kernels need an x86 CPU with VNNI"
-)
+pytestmark = pytest.mark.skipif(not integer_kernels(), reason="integer kernels need an x86 CPU with VNNI")
 
 
 class Strided(nn.Module):

@@ -149,7 +149,7 @@ def test_gradients_are_those_of_lsq():
     """Inside the range the step learns from the rounding error, outside from the bound; values learn inside only."""
     x = torch.tensor([0.26, -0.9, 3.0], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
-    learned_rounding(x, step, (-1, 3), elements=3).sum().backward()
+    learned_rounding(x, step, -1, 3, elements=3).sum().backward()
     inside = round(0.26 / 0.5) - 0.26 / 0.5
     assert step.grad.item() == pytest.approx((inside - 1 + 3) / (3 * 3) ** 0.5, rel=1e-5)
     assert x.grad.tolist() == [1, 0, 0]
@@ -157,7 +157,7 @@ def test_gradients_are_those_of_lsq():
 
 def test_a_step_below_zero_stays_usable():
     step = torch.tensor(-0.1, requires_grad=True)
-    assert learned_rounding(torch.ones(3), step, (0, 3), elements=3).isfinite().all()
+    assert learned_rounding(torch.ones(3), step, 0, 3, elements=3).isfinite().all()
 
 
 def test_tied_layers_share_one_step():

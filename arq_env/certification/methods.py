@@ -191,4 +191,6 @@ def _no_draw(labels) -> np.ndarray:
     return np.full(len(labels), np.nan)
 
 
+#: Those that can leave out images whose selected class is wrong; "sequential" always does.
+SKIPPING = ("cohen", "randomized")
 METHODS = {f.__name__: f for f in (cohen, randomized, sequential, incremental, paired)}

@@ -12,7 +12,7 @@ from arq_env.certification.bounds import smoothing_radius
 from arq_env.certification.cache import PredictionCache
 from arq_env.certification.certificates import ABSTAINED, CertificateLog, Certificates
 from arq_env.certification.chunks import checked_images, classifier_digest, no_progress, on_cpu, run_in_chunks
-from arq_env.certification.methods import METHODS, Request
+from arq_env.certification.methods import METHODS, SKIPPING, Request
 from arq_env.errors import ArqError
 from arq_env.files import sha256
 
@@ -176,8 +176,8 @@ def _check_method(method, sigma, n, alpha, seed, radius, price, cache, gamma, sk
         raise ArqError(f"price is {price}: give a positive number of sigmas")
     if not 0.5 <= gamma <= 1:
         raise ArqError(f"gamma is {gamma}: give a probability from 0.5 to 1")
-    if skip_wrong and method not in ("cohen", "randomized"):
-        raise ArqError(f"skip_wrong is for 'cohen' and 'randomized', not {method!r}: leave it out")
+    if skip_wrong and method not in SKIPPING:
+        raise ArqError(f"skip_wrong is for {' and '.join(map(repr, SKIPPING))}, not {method!r}: leave it out")
     if (cache is None) == (method in ("incremental", "paired")):
         raise ArqError(
             f"method {method!r} {'needs a' if cache is None else 'takes no'} cache: make one of the original network with "

@@ -26,7 +26,7 @@ class Recipe:
 
     :param cycles: how often the rate rises to its peak and falls to zero, each time over ``epochs`` / ``cycles`` epochs (warm
         restarts, Loshchilov and Hutter 2017)
-    :param optimizer: "sgd" (Nesterov) or "adamw", which needs far fewer steps under few bits
+    :param optimizer: "sgd" (Nesterov) or "adamw", which needs fewer steps under few bits
     :param noises: noisy copies of each image in a step
     :param consistency: weight lambda of the copies' divergence from their mean prediction
     :param entropy: weight eta of the mean prediction's entropy

@@ -11,16 +11,16 @@ from arq_env.quantization.quantizers import to_integers, weight_range
 
 
 def integer_network(network: nn.Module) -> nn.Module:
-    """A copy whose quantized convolutions compute on 8-bit integers (oneDNN), several times as fast as on floats that hold them.
+    """A copy whose quantized convolutions compute on 8-bit integers (oneDNN), faster than on floats that hold them.
 
-    The same function, its sums exact where the original rounds. For inference on an x86 CPU with VNNI, without which those
-    kernels saturate.
+    The same function, its sums exact where the original rounds: only a value within that rounding of two codes can get the
+    other one. For inference on an x86 CPU with VNNI, without which those kernels saturate.
 
     :param network: from :class:`arq_env.quantization.Quantizer` or :func:`arq_env.quantization.load_quantized`
     :raises ArqError: when the CPU is not one, the network is elsewhere or has no quantized layer, and, naming it, for a layer
         whose padding the kernels do not know
     """
-    if not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False):
+    if not integer_kernels():
         raise ArqError("integer kernels need an x86 CPU with VNNI, and a torch that sees it: use the network as it is")
     converted = copy.deepcopy(network)
     layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedConv2d)]
@@ -31,6 +31,11 @@ def integer_network(network: nn.Module) -> nn.Module:
             raise ArqError(f"layer {name!r} is on {module.weight.device}: move the network to the CPU, where integer kernels run")
         replace_module(converted, name, IntegerConv2d(module))
     return converted.eval()
+
+
+def integer_kernels() -> bool:
+    """Whether this CPU multiplies 8-bit integers without saturating (VNNI), as far as torch can tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False)
 
 
 def weight_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

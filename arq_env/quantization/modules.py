@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from arq_env.errors import ArqError
-from arq_env.quantization.quantizers import integer_range, to_integers, weight_range
+from arq_env.quantization.quantizers import integer_range, nearest_level, to_integers, weight_range
 
 
 class QuantizedLayer:
@@ -80,9 +80,9 @@ class LearnableLayer:
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight, both rounded to their levels."""
         step = self.weight_step.view(-1, *[1] * (self.weight.dim() - 1))
-        weight = learned_rounding(self.weight, step, weight_range(self.weight_bits), self.weight[0].numel())
+        weight = learned_rounding(self.weight, step, *weight_range(self.weight_bits), elements=self.weight[0].numel())
         levels = integer_range(self.activation_bits, signed=self.signed)
-        return learned_rounding(x, self.activation_step, levels, x[0].numel()), weight
+        return learned_rounding(x, self.activation_step, *levels, elements=x[0].numel()), weight
 
     def frozen(self) -> QuantizedLayer:
         """The quantized layer with this layer's weights and steps."""
@@ -130,23 +130,19 @@ def positive(step: torch.Tensor) -> torch.Tensor:
     return step.clamp_min(1e-6)
 
 
-def learned_rounding(x: torch.Tensor, step: torch.Tensor, levels: tuple[int, ...], elements: int) -> torch.Tensor:
+def learned_rounding(x: torch.Tensor, step: torch.Tensor, low: int, high: int, distance: int = 1, *, elements: int) -> torch.Tensor:
     """Round to multiples of ``step`` so that both ``x`` and ``step`` learn (LSQ, equations 1 to 3).
 
-    :param levels: least and greatest integer, and their distance where it is not 1
+    :param low, high, distance: the integers to round to, as for :func:`arq_env.quantization.quantizers.to_integers`
     :param elements: values that share a step; the step's gradient is scaled by 1 / sqrt(elements x high), LSQ section 2.2
 
-    >>> learned_rounding(torch.tensor([-0.3, 0.2, 0.9]), torch.tensor(0.5), (-1, 1), 3)
+    >>> learned_rounding(torch.tensor([-0.3, 0.2, 0.9]), torch.tensor(0.5), -1, 1, elements=3)
     tensor([-0.5000,  0.0000,  0.5000])
     """
-    low, high, distance = (*levels, 1)[:3]
     scale = 1 / math.sqrt(elements * high)
     step = positive(step)
     step = (step - step * scale).detach() + step * scale
-    scaled = (x / step).clamp(low, high)
-    if distance == 1:
-        return _Round.apply(scaled) * step
-    return (_Round.apply((scaled - low) / distance) * distance + low) * step
+    return nearest_level((x / step).clamp(low, high), low, distance, _Round.apply) * step
 
 
 def quantized_like(module: nn.Module, name: str, *, learnable: bool = False) -> QuantizedLayer | LearnableLayer:

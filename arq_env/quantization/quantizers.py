@@ -1,5 +1,7 @@
 """Uniform quantizers and the step sizes that minimise their mean squared error."""
 
+from collections.abc import Callable
+
 import torch
 
 #: Steps tried, as fractions of the step that just reaches the largest magnitude.
@@ -36,8 +38,12 @@ def to_integers(x: torch.Tensor, step: torch.Tensor, low: int, high: int, distan
     >>> to_integers(torch.tensor([-9.0, -0.9, 0.2, 1.1]), torch.tensor(0.5), *weight_range(2))
     tensor([-3., -1.,  1.,  3.])
     """
-    scaled = (x / step).clamp_(low, high)
-    return scaled.round_() if distance == 1 else scaled.sub_(low).div_(distance).round_().mul_(distance).add_(low)
+    return nearest_level((x / step).clamp_(low, high), low, distance, torch.Tensor.round_)
+
+
+def nearest_level(scaled: torch.Tensor, low: int, distance: int, rounding: Callable) -> torch.Tensor:
+    """``rounding`` on the grid low, low + distance, ...: every quantizer, fixed or learned, goes through here."""
+    return rounding(scaled) if distance == 1 else rounding((scaled - low) / distance) * distance + low
 
 
 def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from arq_env import ArqError
 from arq_env.certification import Certificates
 from arq_env.quantization import load_quantized
+from arq_env.quantization.integer import integer_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,7 +238,7 @@ def test_a_map_is_finalized(tmp_path):
     network, card = load_quantized(first / "network.safetensors")
     assert card["digest"] == summary["digest"] and network.stage1[0].conv1.weight_bits == 3
     assert script(*command).stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
-    if torch.cpu.get_capabilities().get("avx512_vnni", False):
+    if integer_kernels():
         assert script(*command, "--n", "31", "--integer").returncode == 0
         on_integers = json.loads((first / "summary-n31.json").read_text())
         assert on_integers["integer_kernels"] and on_integers["acr"] == pytest.approx(summary["acr"], abs=0.02)
