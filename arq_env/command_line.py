@@ -55,8 +55,11 @@ def add_test_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=getattr(TestSettings, name), help=what)
 
 
-def run(main) -> None:
-    """Call ``main()``; end with one line and exit code 2 for a mistake of the user's, 130 for Ctrl-C."""
+def run(main, *, resumes: bool = True) -> None:
+    """Call ``main()``; end with one line and exit code 2 for a mistake of the user's, 130 for Ctrl-C.
+
+    :param resumes: whether the same command goes on where an interrupted one stopped
+    """
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
@@ -64,5 +67,5 @@ def run(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        print(f"interrupted: the same command {'goes on where this one stopped' if resumes else 'starts over'}", file=sys.stderr)
         sys.exit(130)

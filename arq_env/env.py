@@ -65,7 +65,7 @@ class ArqEnv(gymnasium.Env):
     `"sequential"` is for large n (1,000 and more), where it draws a fraction of the samples for nearly the same ACR.
     `"incremental"` is the reward of the published ARQ, for comparison with it: it charges every disagreement with FP32, also
     harmless ones, so it punishes maps whose robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8 to
-    4 bits, where 3% to 10% of the predictions change (`experiments/benchmark_certify.py`), `"paired"` is ahead of `"cohen"` up to
+    4 bits, where 3% to 10% of the predictions change (`experiments/benchmark_methods.py`), `"paired"` is ahead of `"cohen"` up to
     800 to 350 samples an image and behind above, `"incremental"` about half as far.
 
     ## Starting State

@@ -1,47 +1,28 @@
-"""Measure the certifier: time against adversarial-robustness-toolbox, samples against ACR for every method.
+"""Measure the certifier's time against adversarial-robustness-toolbox's, real runs taken in turns. A stopped run starts over."""
 
-A run that was stopped goes on after the last section that was done.
-
-The speed table times real runs side by side. The samples table draws the noise once, at the largest n, and lets every method
-take its samples from this record, so that all methods see the same noise.
-"""
-
-import json
 import multiprocessing
 import time
 import tracemalloc
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from arq_env import ArqError, command_line
-from arq_env.bitwidths import uniform
-from arq_env.certification import METHODS, CompiledNetwork, certify, smoothing_radius
-from arq_env.certification.cache import CachedRows
-from arq_env.certification.methods import Request
-from arq_env.certification.sampling import ESTIMATION, FRESH, SELECTION, Sampler
-from arq_env.evaluation import Evaluator
+from arq_env.certification import CompiledNetwork, certify
 from arq_env.files import write_json
 from arq_env.problem import load_problem
 from arq_env.provenance import provenance
 
-PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.265, 0.28, 0.3, 0.4, 0.6, 1.0)
-RADIUS = 0.5
+N0, ALPHA = 100, 0.001
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--images", type=command_line.whole(20), default=250, help="test images, evenly spaced")
-    parser.add_argument(
-        "--thin", type=command_line.whole(1), default=5, help="time, and replay for variants, on every so many-th of them"
-    )
+    parser.add_argument("--images", type=command_line.whole(1), default=50, help="test images, evenly spaced")
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
-    parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
     parser.add_argument(
         "--processes",
@@ -49,107 +30,54 @@ def parse():
         default=torch.get_num_threads(),
         help="workers, one thread each, for the compiled network",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the tables and the plot"
-    )
+    parser.add_argument("--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table")
     return parser.parse_args()
 
 
-class Recorded:
-    """In place of a sampler: predictions that were made before, a stream for each purpose.
-
-    :param predictions: purpose to [images, samples]
-    """
-
-    def __init__(self, predictions: dict[int, np.ndarray], digests: list[str], seed: int):
-        self.predictions, self.digests, self.seed = predictions, digests, seed
-        self._used = {purpose: np.zeros(len(digests), int) for purpose in predictions}
-
-    def __len__(self):
-        return len(self.digests)
-
-    def stream(self, purpose, row):
-        return np.random.default_rng([self.seed, purpose, row])
-
-    def select(self, n):
-        votes = [np.bincount(row) for row in self.predict(SELECTION, n)]
-        return np.array([v.argmax() for v in votes]), np.array([v.max() for v in votes])
-
-    def count(self, purpose, n, classes, rows=None):
-        return (self.predict(purpose, n, rows) == np.asarray(classes)[:, None]).sum(1)
-
-    def predict(self, purpose, n, rows=None):
-        rows = np.arange(len(self)) if rows is None else rows
-        taken = [self.predictions[purpose][row, (used := self._used[purpose][row]) : used + n] for row in rows]
-        self._used[purpose][rows] += n
-        return np.stack(taken)
-
-
-def record(network, problem, images, counts: dict[int, int], seed: int, map, what: str) -> tuple[dict[int, np.ndarray], list[str]]:
-    """Predictions of noisy copies, as many for each purpose as asked for; and the images' digests."""
-    run = partial(record_one, CompiledNetwork(network), problem.sigma, seed, counts)
-    parts, digests = zip(*tqdm(map(run, images.numpy()), total=len(images), desc=what), strict=True)
-    return {purpose: np.stack([part[purpose] for part in parts]) for purpose in counts}, list(digests)
-
-
-def record_one(network, sigma, seed, counts, image):
-    """Predictions of one image's noisy copies, and its digest."""
-    sampler = Sampler(network, image[None], [0], sigma=sigma, seed=seed, batch_size=network.batch_size, device=torch.device("cpu"))
-    return {purpose: sampler.predict(purpose, n)[0].astype(np.uint8) for purpose, n in counts.items()}, sampler.digests[0]
-
-
 def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> dict:
-    """Rates of cohen, of the other tool and of bare forward passes, taken in turns on parts of the images.
+    """Rates of cohen, of the other tool and of bare forward passes.
 
     All get the same module, its convolutions channels-last, which suits a CPU. Cohen is timed with the module as it is, with
     it compiled, without the time of the compilation, and with the compiled one in worker processes. What only needs a rate
     gets a tenth of the noise samples.
     """
-    network, n0, alpha = problem.network, 100, 0.001
-    other = other_tool(problem, n0, alpha)
+    network, compiled, other = problem.network, CompiledNetwork(problem.network), other_tool(problem)
     batch = torch.rand(32, *problem.input_shape).to(memory_format=torch.channels_last)
-    compiled = CompiledNetwork(network)
-    settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
-    seconds, forwards, ours_acr, other_acr = {}, {}, [], []
-
-    def timed(name, count, call):
-        start = time.perf_counter()
-        result = call()
-        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-        forwards[name] = forwards.get(name, 0) + count
-        return result
+    settings = {"sigma": problem.sigma, "n0": N0, "alpha": ALPHA, "seed": seed}
+    tenth = n // 10
 
     @torch.inference_mode()
     def bare(count):
         for _ in range(count // len(batch)):
             network(batch)
+        return count // len(batch) * len(batch)
 
     certify(compiled, images[:1], labels[:1], n=100, **settings)
     few = slice(2 * processes)
     certify(compiled, images[few], labels[few], n=10_000, map=map, **settings)  # a task an image, so that each worker compiles
     bare(320)
-    tenth = n // 10
-    for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="speed"):
-        few, of = images[part], labels[part]
-        whole, fraction = len(part) * (n0 + n), len(part) * (n0 + tenth)
-        timed("plain", fraction, partial(certify, network, few, of, n=tenth, **settings))
-        timed("bare", fraction // 32 * 32, partial(bare, fraction))
-        timed("compiled", fraction, partial(certify, compiled, few, of, n=tenth, **settings))
-        got = timed("processes", whole, partial(certify, compiled, few, of, n=n, map=map, **settings))
-        prediction, radius = timed("art", whole, partial(other.certify, few.numpy(), n=n))
-        ours_acr.append(got.certified_radius)
-        other_acr.append(np.where(prediction == of, radius, 0))
-    rates = {name: forwards[name] / seconds[name] for name in seconds}
+    calls = {
+        "plain": partial(certify, network, n=tenth, **settings),
+        "bare": lambda images, labels: bare(len(images) * (N0 + tenth)),
+        "compiled": partial(certify, compiled, n=tenth, **settings),
+        "processes": partial(certify, compiled, n=n, map=map, **settings),
+        "art": lambda images, labels: other.certify(images.numpy(), n=n),
+    }
+    seconds, results = timed(calls, images, labels, "speed")
+    whole, fraction = len(images) * (N0 + n), len(images) * (N0 + tenth)
+    forwards = {"plain": fraction, "bare": sum(results["bare"]), "compiled": fraction, "processes": whole, "art": whole}
+    table = rates(seconds, forwards)
+    per_second = table["forwards_per_second"]
+    radius = np.concatenate([certificates.certified_radius for certificates in results["processes"]])
+    other_prediction, other_radius = (np.concatenate(parts) for parts in zip(*results["art"], strict=True))
     return {
         "images": len(images),
         "n": n,
         "threads": torch.get_num_threads(),
         "processes": processes,
-        "seconds": seconds,
-        "forwards_per_second": rates,
-        "time_ratio_to_art": {name: rates["art"] / rates[name] for name in ("plain", "compiled", "processes")},
-        "share_of_bare_rate": rates["plain"] / rates["bare"],
-        "acr": {"processes": float(np.concatenate(ours_acr).mean()), "art": float(np.concatenate(other_acr).mean())},
+        **table,
+        "share_of_bare_rate": per_second["plain"] / per_second["bare"],
+        "acr": {"processes": float(radius.mean()), "art": float(np.where(other_prediction == labels, other_radius, 0).mean())},
         "peak_megabytes": {f"n={count}": peak_megabytes(images[:1], count, seed) for count in (n // 10, n, 10 * n)},
     }
 
@@ -157,36 +85,46 @@ def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> di
 def one_thread(problem, images, labels, n: int, seed: int) -> dict:
     """As :func:`speed`, each on a single thread, with a twentieth of the noise samples: two threads help one program more than
     another, and on a busy machine they help none."""
-    threads, few_samples, n0, alpha = torch.get_num_threads(), n // 20, 100, 0.001
-    torch.set_num_threads(1)
-    try:
-        other, compiled = other_tool(problem, n0, alpha), CompiledNetwork(problem.network)
-        settings = {"sigma": problem.sigma, "n0": n0, "alpha": alpha, "seed": seed}
-        certify(compiled, images[:1], labels[:1], n=100, **settings)
-        seconds = dict.fromkeys(("plain", "compiled", "art"), 0.0)
-        for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc="one thread"):
-            few, of = images[part], labels[part]
-            for name, call in (
-                ("plain", partial(certify, problem.network, few, of, n=few_samples, **settings)),
-                ("compiled", partial(certify, compiled, few, of, n=few_samples, **settings)),
-                ("art", partial(other.certify, few.numpy(), n=few_samples)),
-            ):
-                start = time.perf_counter()
-                call()
-                seconds[name] += time.perf_counter() - start
-    finally:
-        torch.set_num_threads(threads)
-    forwards = len(images) * (n0 + few_samples)
-    return {
-        "images": len(images),
-        "n": few_samples,
-        "seconds": seconds,
-        "forwards_per_second": {name: forwards / taken for name, taken in seconds.items()},
-        "time_ratio_to_art": {name: seconds[name] / seconds["art"] for name in ("plain", "compiled")},
+    torch.set_num_threads(1)  # for good: this is measured last
+    compiled, other = CompiledNetwork(problem.network), other_tool(problem)
+    settings = {"sigma": problem.sigma, "n0": N0, "alpha": ALPHA, "seed": seed}
+    certify(compiled, images[:1], labels[:1], n=100, **settings)
+    few_samples = n // 20
+    calls = {
+        "plain": partial(certify, problem.network, n=few_samples, **settings),
+        "compiled": partial(certify, compiled, n=few_samples, **settings),
+        "art": lambda images, labels: other.certify(images.numpy(), n=few_samples),
     }
+    seconds, _ = timed(calls, images, labels, "one thread")
+    forwards = dict.fromkeys(calls, len(images) * (N0 + few_samples))
+    return {"images": len(images), "n": few_samples, **rates(seconds, forwards)}
 
 
-def other_tool(problem, n0: int, alpha: float):
+def timed(calls: dict, images, labels, what: str) -> tuple[dict, dict]:
+    """Make the calls in turns on parts of the images, so that a busy machine slows all of them alike.
+
+    :param calls: name to function of images and labels
+    :return: name to seconds, name to what was returned for each part
+    """
+    seconds, results = dict.fromkeys(calls, 0.0), {name: [] for name in calls}
+    for part in tqdm(np.array_split(np.arange(len(images)), min(5, len(images))), desc=what):
+        few, of = images[part], labels[part]
+        for name, call in calls.items():
+            start = time.perf_counter()
+            result = call(few, of)
+            seconds[name] += time.perf_counter() - start
+            results[name].append(result)
+    return seconds, results
+
+
+def rates(seconds: dict, forwards: dict) -> dict:
+    """Forward passes a second, and the time that cohen takes for as many as the other tool."""
+    per_second = {name: forwards[name] / seconds[name] for name in seconds}
+    ratios = {name: per_second["art"] / rate for name, rate in per_second.items() if name not in ("bare", "art")}
+    return {"seconds": seconds, "forwards_per_second": per_second, "time_ratio_to_art": ratios}
+
+
+def other_tool(problem):
     """The problem's network in adversarial-robustness-toolbox."""
     try:
         from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
@@ -198,9 +136,9 @@ def other_tool(problem, n0: int, alpha: float):
         input_shape=problem.input_shape,
         nb_classes=len(problem.dataset.classes),
         device_type="cpu",
-        sample_size=n0,
+        sample_size=N0,
         scale=problem.sigma,
-        alpha=alpha,
+        alpha=ALPHA,
     )
 
 
@@ -213,151 +151,36 @@ def peak_megabytes(image, n: int, seed: int) -> float:
     return peak / 1e6
 
 
-def run_method(method: str, labels, predictions, digests, request: Request, seed: int) -> dict:
-    """ACR, clean accuracy and samples an image of one method on recorded predictions."""
-    selected, lower, n, _ = METHODS[method](Recorded(predictions, digests, seed), labels, request)
-    radius = np.where((lower > 0.5) & (selected == labels), smoothing_radius(request.sigma, lower), 0)
-    pilot = 0 if request.cached else request.n0
-    return {"acr": float(radius.mean()), "samples_an_image": float(n.mean()) + pilot, "radius": radius}
-
-
-def samples(problem, images, labels, n: int, thin: int, replayed: int, seed: int, map) -> dict:
-    """All methods on the same noise: FP32 by each, and quantized variants by replaying FP32's."""
-    request = Request(problem.sigma, 100, n, 0.001, None, 0.3, 0.99)
-    counts = {SELECTION: request.n0, ESTIMATION: n}
-    fp32, digests = record(problem.network, problem, images, counts, seed, map, "FP32")
-    full = run_method("cohen", labels, fp32, digests, request, seed)
-    curve = {"cohen": [], "randomized": [], "sequential": []}
-    for size in np.unique(np.geomspace(100, n, 9).astype(int)):
-        for method in ("cohen", "randomized"):
-            curve[method].append(run_method(method, labels, fp32, digests, replace(request, n=int(size)), seed))
-    for price in PRICES:
-        got = run_method("sequential", labels, fp32, digests, replace(request, price=price), seed)
-        curve["sequential"].append(got | {"price": price})
-    for points in curve.values():
-        for point in points:
-            point["acr_ratio"] = point["acr"] / full["acr"]
-            point["samples_ratio"] = point["samples_an_image"] / full["samples_an_image"]
-
-    decided = run_method("sequential", labels, fp32, digests, replace(request, radius=RADIUS), seed)
-    yes, cohen_yes = decided["radius"] >= RADIUS, full["radius"] >= RADIUS
-    decision = {
-        "radius": RADIUS,
-        "samples_an_image": decided["samples_an_image"],
-        "samples_ratio": decided["samples_an_image"] / full["samples_an_image"],
-        "certified": int(yes.sum()),
-        "certified_by_cohen": int(cohen_yes.sum()),
-        "certified_by_both": int((yes & cohen_yes).sum()),
-    }
-
-    images, labels, digests = images[::thin], labels[::thin], digests[::thin]
-    fp32 = {purpose: predictions[::thin] for purpose, predictions in fp32.items()}
-    top = np.array([np.bincount(row).argmax() for row in fp32[SELECTION]])
-    cached = CachedRows(top, (fp32[ESTIMATION] == top[:, None]).sum(1), fp32[ESTIMATION])
-    evaluator, variants = Evaluator(problem), {}
-    for bits in (8, 6, 4):
-        network = evaluator.quantizer.quantize(uniform(problem.layers, bits, bits))
-        counts = dict.fromkeys((SELECTION, ESTIMATION, FRESH), replayed) | {SELECTION: request.n0}
-        own, _ = record(network, problem, images, counts, seed, map, f"W{bits}A{bits}")
-        points = {"cohen": [], "incremental": [], "paired": []}
-        for size in np.unique(np.geomspace(max(1, replayed // 10), replayed, 5).astype(int)):
-            few = replace(request, n=int(size))
-            for method in points:
-                asked = few if method == "cohen" else replace(few, cached=cached)
-                points[method].append(plain(run_method(method, labels, own, digests, asked, seed)))
-        variants[f"W{bits}A{bits}"] = {
-            "images": len(images),
-            "disagreement": float((own[ESTIMATION] != fp32[ESTIMATION][:, :replayed]).mean()),
-            "curve": points,
-        }
-    return {
-        "cohen": plain(full),
-        "curve": {method: [plain(point) for point in points] for method, points in curve.items()},
-        "decision": decision,
-        "variants": variants,
-    }
-
-
-def plain(row: dict) -> dict:
-    """Without the radii."""
-    return {name: value for name, value in row.items() if name != "radius"}
-
-
-def plot(curves: dict[str, dict], path: Path) -> None:
-    """ACR against samples an image, a panel a network and a line a method."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4))
-    for axes, (title, curve) in zip(panels, curves.items(), strict=True):
-        for method, points in curve.items():
-            axes.plot([p["samples_an_image"] for p in points], [p["acr"] for p in points], marker="o", label=method)
-        axes.set(title=title, xscale="log", xlabel="noise samples an image, selection included", ylabel="ACR")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def main():
     options = parse()
     problem = load_problem("resnet20", "cifar10", sigma=0.5)
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
-    images, labels, thin = images[: options.images], labels[: options.images], options.thin
-    settings = {name: getattr(options, name) for name in ("thin", "n", "replayed", "seed", "processes")}
-    header = {"checkpoint": problem.card["digest"], "sigma": problem.sigma, "settings": settings | {"images": len(images)}}
-    path = options.output / "benchmark.json"
-    few, of = images[::thin], labels[::thin]
+    images, labels = images[: options.images], labels[: options.images]
+    settings = {name: getattr(options, name) for name in ("n", "seed", "processes")} | {"images": len(images)}
     with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
-        sections = {
-            "speed": lambda: speed(problem, few, of, options.n, options.seed, options.processes, pool.imap),
-            "one_thread": lambda: one_thread(problem, few, of, options.n, options.seed),
-            "samples": lambda: samples(problem, images, labels, options.n, thin, options.replayed, options.seed, pool.imap),
-        }
-        document = measured(path, header, sections)
-        for section, measure in sections.items():
-            if section not in document:
-                document[section] = measure()
-                write_json(path, document | {"provenance": provenance()})
-    taken = document["samples"]
-    curves = {"FP32": taken["curve"]} | {f"{name}, FP32 replayed": variant["curve"] for name, variant in taken["variants"].items()}
-    plot(curves, options.output / "acr_against_samples.png")
+        fast = speed(problem, images, labels, options.n, options.seed, options.processes, pool.imap)
+    document = {
+        "checkpoint": problem.card["digest"],
+        "sigma": problem.sigma,
+        "settings": settings,
+        "speed": fast,
+        "one_thread": one_thread(problem, images, labels, options.n, options.seed),
+        "provenance": provenance(),
+    }
+    write_json(options.output / "time.json", document)
     report(document)
-
-
-def measured(path: Path, header: dict, sections) -> dict:
-    """What an interrupted run with these settings has left: the header, and the sections that are done."""
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return dict(header)
-    unfinished = any(section not in document for section in sections)
-    return document if unfinished and {name: document.get(name) for name in header} == header else dict(header)
 
 
 def report(document: dict) -> None:
     """Print what matters."""
-    fast, taken = document["speed"], document["samples"]
+    fast = document["speed"]
     for name, ratio in fast["time_ratio_to_art"].items():
         print(f"cohen, {name}: {ratio:.2f} of adversarial-robustness-toolbox's time")
     for name, ratio in document["one_thread"]["time_ratio_to_art"].items():
         print(f"cohen, {name}, all on one thread: {ratio:.2f} of its time")
     print(f"plain, it runs at {fast['share_of_bare_rate']:.0%} of the rate of bare forward passes")
     print("peak memory beside the network: " + ", ".join(f"{n}: {mb:.1f} MB" for n, mb in fast["peak_megabytes"].items()))
-    decision = taken["decision"]
-    print(
-        f"certified at {decision['radius']} or not: {decision['samples_ratio']:.3f} of cohen's samples; "
-        f"{decision['certified']} images, cohen {decision['certified_by_cohen']}, both {decision['certified_by_both']}"
-    )
-    for point in taken["curve"]["sequential"]:
-        ratios = f"{point['acr_ratio']:.3f} of the ACR, {point['samples_ratio']:.3f} of the samples"
-        print(f"sequential, price {point['price']:g}: {ratios}")
-    for variant, table in taken["variants"].items():
-        print(f"{variant}, disagreement {table['disagreement']:.1%}")
-        for method, points in table["curve"].items():
-            print(f"  {method}: ACR {points[-1]['acr']:.4f}, {points[-1]['samples_an_image']:.0f} samples an image")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, resumes=False)

@@ -72,7 +72,7 @@ def certify(
     :param method: one of the above
     :param radius: for ``sequential``: the one radius to decide, in the units of the pixels
     :param price: for ``sequential``: the radius, in units of sigma, that n samples must gain to be worth drawing; a lower price
-        buys more samples (``experiments/benchmark_certify.py`` shows what for)
+        buys more samples (``experiments/benchmark_methods.py`` shows what for)
     :param cache: for ``incremental`` and ``paired``: made by :func:`arq_env.certification.cache_predictions`
     :param gamma: for ``incremental`` and ``paired``: count afresh where the cached pA is at least this
     :param skip_wrong: for ``cohen`` and ``randomized``: draw none of the n samples of images whose first n0 point to a wrong
