@@ -3,12 +3,16 @@
 import numpy as np
 from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from agents.haq import HaqEnv, build_haq_agent
 from arq_env.errors import ArqError
 
 ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
+#: All that learn: stable-baselines3's, and the published search as reconstructed in :mod:`agents.haq`.
+AGENTS = (*ALGORITHMS, "arq")
 
 #: Episodes of uniformly random actions before the first gradient step.
 WARM_UP_EPISODES = 20
@@ -67,14 +71,16 @@ def hyperparameters(name: str, horizon: int) -> dict:
     return common | ({"ent_coef": "auto_0.1", "target_entropy": -2.0} if name == "sac" else {})
 
 
-def build_agent(name: str, env, *, seed: int, device: str, tensorboard_log: str | None = None) -> OffPolicyAlgorithm:
+def build_agent(name: str, env, *, seed: int, device: str) -> OffPolicyAlgorithm:
     """An untrained agent for ``env``.
 
     :raises ArqError: for an unknown algorithm
     """
+    if name == "arq":
+        return build_haq_agent(Monitor(HaqEnv(env.unwrapped)), seed=seed, device=device)
     if name not in ALGORITHMS:
-        raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(ALGORITHMS)}")
-    settings = hyperparameters(name, len(env.get_wrapper_attr("free_layers")))
+        raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(AGENTS)}")
+    settings = hyperparameters(name, env.get_wrapper_attr("horizon"))
     if name != "sac":  # SAC's own policy is random
         settings["action_noise"] = DecayingNoise(env.action_space.shape[0])
-    return ALGORITHMS[name]("MlpPolicy", env, seed=seed, device=device, tensorboard_log=tensorboard_log, **settings)
+    return ALGORITHMS[name]("MlpPolicy", Monitor(env), seed=seed, device=device, **settings)

@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, bops_fraction, complete, free_layers
+from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
 from arq_env.evaluation import CertifierSettings, Evaluator
@@ -111,6 +111,11 @@ class ArqEnv(gymnasium.Env):
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
         self._start(self.default_budget)
 
+    @property
+    def horizon(self) -> int:
+        """Steps of an episode: one a free layer."""
+        return len(self.free_layers)
+
     def _start(self, budget: BopsBudget) -> None:
         self.budget = budget
         self._chosen: dict[str, Bits] = {}
@@ -129,27 +134,30 @@ class ArqEnv(gymnasium.Env):
     def step(self, action):
         """Give the current layer its bits; the last step quantizes and certifies."""
         step = len(self._chosen)
-        if step == len(self.free_layers):
+        if step == self.horizon:
             raise gymnasium.error.ResetNeeded("the episode is over: call reset() before the next step")
         layer = self.free_layers[step]
-        self._chosen[layer.name] = self._previous = self.budget.fit(self._bits(action), self._chosen)
-        if step + 1 < len(self.free_layers):
+        self._chosen[layer.name] = self._previous = next_bits(action, self.budget, self._chosen)
+        if step + 1 < self.horizon:
             return self._observe(), 0.0, False, False, {}
-        return self._observe(), *self._verdict()
+        reward, info = self.judge(complete(self._chosen, self.layers, self.end_bits))
+        return self._observe(), reward, True, False, info
 
-    def _bits(self, action) -> Bits:
-        """Bits relative to an even share of what is left of the budget."""
-        weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
-        if not (math.isfinite(weight) and math.isfinite(activation)):
-            raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
-        share = min(math.sqrt(self.budget.even_share(self._chosen)), MAX_BITS)  # so that a large budget leaves a choice
-        return Bits(*(math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation)))
+    def decode(self, actions) -> BitWidthMap:
+        """The map that an episode of these actions ends with, at the environment's own budget: for searches that plan it whole.
 
-    def _observe(self) -> np.ndarray:
-        return observe(self._static, self.budget, self._chosen, self._previous)
+        :param actions: [free layers, 2], each as for :meth:`step`
+        """
+        budget, chosen = self.default_budget, {}
+        for layer, action in zip(self.free_layers, actions, strict=True):
+            chosen[layer.name] = next_bits(action, budget, chosen)
+        return complete(chosen, self.layers, self.end_bits)
 
-    def _verdict(self):
-        bit_widths = complete(self._chosen, self.layers, self.end_bits)
+    def judge(self, bit_widths: BitWidthMap) -> tuple[float, dict]:
+        """Reward and info of a whole map, as the last step gives them; the budget is not checked.
+
+        :raises ArqError: when it is not a map for this network
+        """
         reference = self.evaluator.reference
         evaluation = self.evaluator.evaluate(bit_widths)
         info = {
@@ -161,7 +169,10 @@ class ArqEnv(gymnasium.Env):
             "reference_acr": reference.acr,
             "evaluation_seconds": evaluation.seconds,
         }
-        return REWARD_SCALE * (evaluation.acr / reference.acr - 1), True, False, info
+        return REWARD_SCALE * (evaluation.acr / reference.acr - 1), info
+
+    def _observe(self) -> np.ndarray:
+        return observe(self._static, self.budget, self._chosen, self._previous)
 
     def render(self):
         """The bits chosen so far: text (``ansi``) or a bar chart as uint8 [h, w, 3] (``rgb_array``)."""
@@ -173,6 +184,20 @@ class ArqEnv(gymnasium.Env):
             return render_rgb(self.layers, ends | self._chosen)
         gymnasium.logger.warn("render() was called without a render_mode: pass one to gym.make")
         return None
+
+
+def next_bits(action, budget: BopsBudget, chosen: BitWidthMap) -> Bits:
+    """What an action means for the next layer: bits relative to an even share of what is left, made to fit.
+
+    :param action: two numbers in [-1, 1], for weight and activation; what is outside is clipped
+    :param chosen: the bits of the free layers before it
+    """
+    weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
+    if not (math.isfinite(weight) and math.isfinite(activation)):
+        raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
+    share = min(math.sqrt(budget.even_share(chosen)), MAX_BITS)  # so that a large budget leaves a choice
+    bits = (math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation))
+    return budget.fit(Bits(*bits), chosen)
 
 
 def make_env(

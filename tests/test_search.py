@@ -114,6 +114,19 @@ def test_more_episodes_extend_a_search(tmp_path):
         run(tmp_path / "a", episodes=3)
 
 
+def test_a_finished_search_is_left_as_it_is(tmp_path):
+    """Also a map that was edited by hand afterwards."""
+    best = run(tmp_path, episodes=3)
+    edited = (tmp_path / "bit_widths.json").read_text().replace('"weight_bits": 2', '"weight_bits": 3')
+    (tmp_path / "bit_widths.json").write_text(edited)
+    env = make_toy_env()
+    env.evaluator.evaluate = lambda bit_widths: pytest.fail("evaluated again")
+    assert run(tmp_path, episodes=3, env=env) == best
+    assert (tmp_path / "bit_widths.json").read_text() == edited
+    (tmp_path / "bit_widths.json").unlink()  # killed before the end
+    assert run(tmp_path, episodes=3).same_outcome(best) and (tmp_path / "bit_widths.json").exists()
+
+
 def test_another_search_is_never_overwritten(tmp_path):
     run(tmp_path, episodes=2)
     before = (tmp_path / "trace.jsonl").read_bytes()

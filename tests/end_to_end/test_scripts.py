@@ -206,6 +206,60 @@ def test_other_agents_run(tmp_path, algorithm):
     assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 3
 
 
+def test_comparing_mistakes(tmp_path):
+    assert_one_line_error(script("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
+    assert_one_line_error(script("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+
+
+@pytest.mark.slow
+def test_searches_are_compared_and_resumed(tmp_path):
+    """Two searches in two processes; the same command again evaluates nothing and says the same."""
+    command = [
+        "compare",
+        "--env",
+        "ARQ-ResNet20-Signs-v0",
+        "--training",
+        "gaussian",
+        "--methods",
+        "uniform",
+        "random",
+        "--seeds",
+        "2",
+    ]
+    command += ["--episodes", "4", "--processes", "2", "--output", tmp_path]
+    done = script(*command)
+    assert done.returncode == 0, done.stderr
+    assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
+    document = json.loads((tmp_path / "comparison-budget0.007.json").read_text())
+    assert document["methods"]["random"]["proposed_maps"] == [2, 2]
+    mean, runs = document["methods"]["random"]["mean"], document["methods"]["random"]["best_reward"]
+    assert mean[-1] == pytest.approx(np.mean(runs)) and mean == sorted(mean)
+    assert (tmp_path / "comparison-budget0.007.png").exists()
+    assert {path.name for path in (tmp_path / "budget0.007").iterdir()} == {"uniform-seed0", "random-seed0", "random-seed1"}
+    assert script(*command).stdout == done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ddpg", "td3", "sac"])
+def test_rl_zoo3_trains_with_our_hyperparameters(tmp_path, algorithm):
+    command = [
+        sys.executable,
+        "-m",
+        "rl_zoo3.train",
+        "--algo",
+        algorithm,
+        "--env",
+        "ARQ-ResNet20-Signs-v0",
+        "--gym-packages",
+        "arq_env",
+    ]
+    command += ["--conf-file", f"agents.zoo.{algorithm}", "-n", "36", "--eval-freq", "-1", "--log-folder", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monitor = (tmp_path / algorithm / "ARQ-ResNet20-Signs-v0_1" / "0.monitor.csv").read_text().splitlines()
+    assert len(monitor) == 2 + 2 and all(line.split(",")[1] == "18" for line in monitor[2:])
+
+
 @pytest.mark.slow
 def test_pretraining_resumes_after_a_kill(tmp_path):
     """One epoch, a kill in the second, and on: the card tells the whole recipe."""

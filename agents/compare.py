@@ -1,0 +1,73 @@
+"""Several searches on one problem at equal cost: how to run them so that they share evaluations, and how to read them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from agents.algorithms import ALGORITHMS
+from agents.baselines import BASELINES, WITH_SENSITIVITIES
+from agents.search import evaluation_identity, search
+from agents.trace import Episode, read_trace
+from arq_env.evaluation import Evaluator
+from arq_env.files import write_json
+from arq_env.sensitivity import cost_in_evaluations
+
+METHODS = (*BASELINES, "arq", *ALGORITHMS)
+#: Searches that come out the same with every seed.
+DETERMINISTIC = ("uniform", "greedy", "integer_program")
+
+
+def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, store: Path, config: dict) -> None:
+    """Run or resume one search as :func:`agents.search.search` does, but maps evaluated alike anywhere below ``store`` are free.
+
+    :param config: as for :func:`agents.search.search`
+    """
+    evaluator = env.get_wrapper_attr("evaluator")
+    recall(evaluator, store)
+    if method in WITH_SENSITIVITIES:
+        share_sensitivities(evaluator, store)
+    search(method, env, episodes=episodes, folder=folder, seed=seed, progress=False, config=config)
+
+
+def recall(evaluator: Evaluator, store: Path) -> None:
+    """Take over the evaluations from all traces below a folder that were made with this network, certifier and versions."""
+    wanted = evaluation_identity(evaluator)
+    for path in sorted(store.rglob("config.json")):
+        config = json.loads(path.read_text())
+        if {key: config.get(key) for key in wanted} == wanted:
+            for episode in read_trace(path.parent / "trace.jsonl"):
+                evaluator.remember(episode.bit_widths, episode.evaluation)
+
+
+def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
+    """Read the sensitivities from ``store``, or measure them and leave them there."""
+    identity = evaluation_identity(evaluator)
+    path = store / f"sensitivities-{identity['network'][:12]}-sigma{identity['sigma']:g}-seed{evaluator.settings.seed}.json"
+    if path.exists():
+        evaluator.sensitivities = {(row["layer"], row["kind"]): row["divergence"] for row in json.loads(path.read_text())}
+    else:
+        rows = [{"layer": layer, "kind": kind, "divergence": d} for (layer, kind), d in evaluator.sensitivities.items()]
+        write_json(path, rows)
+
+
+def setup_cost(method: str, env) -> float:
+    """What a search measures before its first map, in evaluations."""
+    evaluator = env.get_wrapper_attr("evaluator")
+    return cost_in_evaluations(evaluator.problem, evaluator.settings) if method in WITH_SENSITIVITIES else 0.0
+
+
+def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -> np.ndarray:
+    """Best reward after each number of evaluations from 1 on, repeated maps counted; NaN before the first map.
+
+    :param setup: evaluations' worth of work before the first map
+    """
+    best = np.maximum.accumulate([episode.reward for episode in episodes])
+    index = np.arange(1, evaluations + 1) - int(np.ceil(setup)) - 1
+    return np.where(index >= 0, best[np.clip(index, 0, len(best) - 1)], np.nan)
+
+
+def reaches(curve: np.ndarray, reward: float) -> int | None:
+    """The number of evaluations after which a curve is at least at a reward; None when it never is."""
+    above = np.flatnonzero(curve >= reward)
+    return int(above[0]) + 1 if len(above) else None

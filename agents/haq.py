@@ -1,0 +1,157 @@
+"""The published search, as far as the public record goes: HAQ's DDPG and decision process with ARQ's reward.
+
+A reconstruction to compare with, since ARQ's code is not public: agent, observation, action and budget are those of HAQ (Wang et
+al. 2019), which ARQ builds on; the reward is the certified radius by incremental randomized smoothing (Ugare et al. 2024),
+for about as many forward passes as an evaluation of this package.
+"""
+
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from scipy.stats import truncnorm
+from stable_baselines3 import DDPG
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete
+from arq_env.evaluation import Evaluator
+
+WARM_UP_EPISODES = 20
+ACTOR_RATE, CRITIC_RATE = 1e-4, 1e-3
+NOISE, NOISE_DECAY = 0.5, 0.99
+#: Share of a batch's mean reward that the moving baseline takes over.
+BASELINE_RATE = 0.5
+#: Noise samples an image in the incremental reward: fewer leave no radius worth comparing.
+REWARD_SAMPLES = 128
+
+
+class HaqEnv(gymnasium.Env):
+    """HAQ's decision process: two steps a layer, absolute bits, the budget enforced when all is chosen.
+
+    The agent is rewarded for the map that is left after the cut. The last step's info is that of the environment below, and
+    ``reward`` in it the reward which that one gives.
+
+    :param base: the :class:`arq_env.env.ArqEnv` whose problem and budget this shares
+    """
+
+    def __init__(self, base):
+        self.base, self.free_layers = base, base.free_layers
+        s = base.evaluator.settings
+        images = max(1, s.images * (s.n0 + s.n) // REWARD_SAMPLES)
+        settings = replace(s, images=images, n0=100, n=REWARD_SAMPLES, alpha=0.001, reward_method="incremental")
+        self.evaluator = Evaluator(base.problem, settings)
+        self.observation_space = spaces.Box(0, 1, (10,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+        columns = ("depthwise", "in_channels", "out_channels", "stride", "kernel", "parameters", "input_size")
+        table = np.array([[getattr(layer, name) for name in columns] for layer in self.free_layers], float)
+        table = np.column_stack([table, np.arange(len(table))])
+        low, high = table.min(0), table.max(0)
+        self._static = (table - low) / np.where(high > low, high - low, 1)
+
+    @property
+    def horizon(self) -> int:
+        """Steps of an episode."""
+        return 2 * len(self.free_layers)
+
+    def reset(self, *, seed=None, options=None):
+        """Start at the first free layer's weights."""
+        super().reset(seed=seed)
+        self._bits: list[int] = []
+        return self._observe(), {}
+
+    def step(self, action):
+        """Choose the next layer's weight bits, then its activation bits; the last step enforces the budget and certifies."""
+        self._bits.append(absolute_bits((float(np.clip(action, -1, 1)[0]) + 1) / 2))
+        if len(self._bits) < self.horizon:
+            return self._observe(), 0.0, False, False, {}
+        pairs = zip(self.free_layers, self._bits[::2], self._bits[1::2], strict=True)
+        bit_widths = cut_to_budget({layer.name: Bits(weight, activation) for layer, weight, activation in pairs}, self.base)
+        certified = self.evaluator.evaluate(bit_widths)
+        common, info = self.base.judge(bit_widths)
+        return self._observe(), 10 * (certified.acr / self.evaluator.reference.acr - 1), True, False, info | {"reward": common}
+
+    def _observe(self) -> np.ndarray:
+        step = min(len(self._bits), self.horizon - 1)
+        previous = self._bits[-1] / MAX_BITS if self._bits else 1.0
+        return np.array([*self._static[step // 2], previous, step % 2], np.float32)
+
+
+def absolute_bits(action: float) -> int:
+    """HAQ's rounding of an action in [0, 1], clipped, since it can leave the range by one."""
+    return int(np.clip(round(action * (MAX_BITS - MIN_BITS + 1) + MIN_BITS - 0.5), MIN_BITS, MAX_BITS))
+
+
+def cut_to_budget(chosen: BitWidthMap, base) -> BitWidthMap:
+    """Sweep from the last layer to the first, taking an activation bit and then a weight bit from each, until the map fits."""
+    chosen = dict(chosen)
+    while True:
+        for layer in reversed(base.free_layers):
+            for kind in ("activation", "weight"):
+                bit_widths = complete(chosen, base.layers, base.end_bits)
+                if bops(bit_widths, base.layers) <= base.default_budget.limit:
+                    return bit_widths
+                bits = chosen[layer.name]
+                chosen[layer.name] = bits._replace(**{kind: max(getattr(bits, kind) - 1, MIN_BITS)})
+
+
+class EpisodeRewardBuffer(ReplayBuffer):
+    """Gives every transition of an episode the reward of its end, less a moving baseline, as HAQ does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._first, self._baseline = 0, None
+
+    def add(self, obs, next_obs, action, reward, done, infos):
+        """Store a transition; the last of an episode sets the reward of all."""
+        position = self.pos
+        super().add(obs, next_obs, action, reward, done, infos)
+        if done[0]:
+            length = (position - self._first) % self.buffer_size + 1
+            self.rewards[(self._first + np.arange(length)) % self.buffer_size] = reward
+            self._first = self.pos
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None):
+        samples = super()._get_samples(batch_inds, env)
+        mean = samples.rewards.mean()
+        self._baseline = mean if self._baseline is None else self._baseline + BASELINE_RATE * (mean - self._baseline)
+        return samples._replace(rewards=samples.rewards - self._baseline)
+
+
+class HaqDdpg(DDPG):
+    """DDPG with a rate of its own for actor and critic, and noise from a normal distribution cut at the actions' bounds."""
+
+    def _update_learning_rate(self, optimizers):
+        for optimizer, rate in zip(optimizers, (ACTOR_RATE, CRITIC_RATE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def _sample_action(self, learning_starts, action_noise=None, n_envs=1):
+        if self.num_timesteps < learning_starts:
+            return super()._sample_action(learning_starts, None, n_envs)
+        mean, _ = self.predict(self._last_obs, deterministic=True)
+        episodes = self.num_timesteps // self.env.get_attr("horizon")[0] - WARM_UP_EPISODES
+        spread = 2 * NOISE * NOISE_DECAY**episodes  # HAQ's actions are half as wide as these
+        action = truncnorm.rvs((-1 - mean) / spread, (1 - mean) / spread, mean, spread, size=mean.shape).astype(np.float32)
+        return action, action
+
+
+def build_haq_agent(env: gymnasium.Env, *, seed: int, device: str) -> HaqDdpg:
+    """HAQ's agent with its published hyperparameters, for a :class:`HaqEnv`."""
+    horizon = env.get_wrapper_attr("horizon")
+    return HaqDdpg(
+        "MlpPolicy",
+        env,
+        buffer_size=128 * horizon,
+        learning_starts=WARM_UP_EPISODES * horizon - 1,
+        batch_size=64,
+        tau=0.01,
+        gamma=1.0,
+        replay_buffer_class=EpisodeRewardBuffer,
+        train_freq=(1, "episode"),
+        gradient_steps=-1,
+        policy_kwargs={"net_arch": [300, 300]},
+        seed=seed,
+        device=device,
+    )

@@ -1,0 +1,17 @@
+"""The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file agents.zoo.td3``."""
+
+from agents.algorithms import DecayingNoise, hyperparameters
+from arq_env.registration import ENVIRONMENTS
+
+#: Steps of an episode of ResNet-20.
+HORIZON = 18
+#: Episodes that a search is given by default.
+EPISODES = 150
+
+
+def configuration(algorithm: str) -> dict:
+    """Environment id to keyword arguments, as rl_zoo3 reads them."""
+    settings = {"policy": "MlpPolicy", "n_timesteps": EPISODES * HORIZON, **hyperparameters(algorithm, HORIZON)}
+    if algorithm != "sac":
+        settings["action_noise"] = DecayingNoise(2)
+    return {name: dict(settings) for name in ENVIRONMENTS}

@@ -1,0 +1,205 @@
+"""Every search beside the agents: within the budget, reproducible, resumable, and as good as its definition says."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from agents.baselines import BASELINES, greedy, integer_program, least_sensitive, random, uniform_bits
+from agents.haq import EpisodeRewardBuffer, HaqEnv, absolute_bits, cut_to_budget
+from agents.search import search
+from agents.trace import read_trace
+from arq_env import ArqError
+from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers
+from arq_env.budget import BopsBudget
+from arq_env.layers import Layer
+from arq_env.sensitivity import places
+from tests.toy import make_toy_env
+
+WIDTHS = range(2, 9)
+
+
+def run(folder, algorithm, episodes=22, **changes):
+    return search(algorithm, make_toy_env(), episodes=episodes, folder=folder, progress=False, **changes)
+
+
+def outcome(folder):
+    return [(e.episode, e.reward, e.bit_widths, e.evaluations) for e in read_trace(folder / "trace.jsonl")]
+
+
+def planned(tied: bool, fraction: float, seed: int):
+    """An environment in name only: five layers of unequal cost, made-up sensitivities."""
+    macs = (50, 400, 100, 300, 10)
+    layers = tuple(
+        Layer(f"l{i}", "conv", 8, 8, 9, 1, False, 64, m, 72, tied_to="l1" if tied and i == 3 else None) for i, m in enumerate(macs)
+    )
+    rng = np.random.default_rng(seed)
+    table = {place: [*np.sort(rng.random(6) * 4.0 ** rng.integers(0, 3))[::-1].tolist(), 0.0] for place in places(layers)}
+    return SimpleNamespace(
+        layers=layers,
+        free_layers=free_layers(layers),
+        end_bits=8,
+        default_budget=BopsBudget(layers, fraction),
+        evaluator=SimpleNamespace(sensitivities=table),
+    )
+
+
+def total(env, bit_widths, activation_weight=1.0):
+    return sum(
+        values[getattr(bit_widths[name], kind) - 2] * (activation_weight if kind == "activation" else 1)
+        for (name, kind), values in env.evaluator.sensitivities.items()
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fraction, weight", [(0.008, 1.0), (0.02, 0.25), (0.03, 4.0)])
+def test_the_integer_program_finds_the_optimum(tied, fraction, weight):
+    """Against all 7^6 maps of three free layers."""
+    env = planned(tied, fraction, seed=int(1000 * fraction))
+    found = least_sensitive(env, env.evaluator.sensitivities, weight)
+    check_map(found, env.layers)
+    assert bops_fraction(found, env.layers) <= fraction
+    s = env.evaluator.sensitivities
+    zeros = [0.0] * 7
+    loss = [
+        np.add.outer(np.array(s[a.name, "weight"]), weight * np.array(s.get((a.name, "activation"), zeros)))
+        for a in env.free_layers
+    ]
+    bits = np.array(list(product(WIDTHS, repeat=6))).reshape(-1, 3, 2)
+    if tied:
+        bits = bits[bits[:, 2, 1] == bits[:, 0, 1]]
+    macs = np.array([layer.macs for layer in env.free_layers])
+    ends = 64 * (env.layers[0].macs + env.layers[-1].macs)
+    bits = bits[(macs * bits.prod(2)).sum(1) + ends <= env.default_budget.limit]
+    best = sum(loss[i][bits[:, i, 0] - 2, bits[:, i, 1] - 2] for i in range(3)).min()
+    assert total(env, found, weight) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_greedy_takes_what_is_least_missed(tied):
+    env = planned(tied, 0.02, seed=1)
+    (found,) = greedy(env, None)
+    check_map(found, env.layers)
+    assert bops_fraction(found, env.layers) <= 0.02
+    env.evaluator.sensitivities = {place: [0.0] * 7 for place in env.evaluator.sensitivities}
+    dear = "l2", "weight"
+    env.evaluator.sensitivities[dear] = [6.0, 5, 4, 3, 2, 1, 0]
+    (found,) = greedy(env, None)
+    assert found["l2"].weight == 8 and found["l1"].weight < 8
+
+
+def test_the_integer_program_repeats_no_map():
+    env = planned(False, 0.02, seed=3)
+    maps = list(integer_program(env, None))
+    assert len(maps) > 1 and all(a != b for i, a in enumerate(maps) for b in maps[:i])
+
+
+def test_uniform_bits_are_all_that_could_be_meant():
+    env = make_toy_env()
+    maps = list(uniform_bits(env, None))
+    pairs = [tuple(m["deep"]) for m in maps]
+    assert (4, 4) in pairs and (3, 3) not in pairs and all(bops_fraction(m, env.layers) <= 0.03 for m in maps)
+    costs = [bops(m, env.layers) for m in maps]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_decode_is_what_steps_do():
+    env = make_toy_env()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        actions = rng.uniform(-1.2, 1.2, (env.horizon, 2))
+        env.reset()
+        for action in actions:
+            *_, info = env.step(action)
+        assert dict(env.decode(actions)) == info["bit_widths"]
+    with pytest.raises(ValueError, match="shorter"):
+        env.decode(actions[:1])
+    with pytest.raises(ArqError, match="finite"):
+        env.decode(np.full((env.horizon, 2), np.nan))
+
+
+def test_sensitivities_are_measured_once_and_fall():
+    env = make_toy_env()
+    table = env.evaluator.sensitivities
+    assert env.evaluator.sensitivities is table and list(table) == places(env.layers)
+    assert all(len(v) == 7 and v == sorted(v, reverse=True) and v[-1] == 0 for v in table.values())
+    assert max(v[0] for v in table.values()) > 0
+
+
+@pytest.mark.parametrize("algorithm", [*BASELINES, "arq"])
+def test_every_search_leaves_the_same_folder(tmp_path, algorithm):
+    best = run(tmp_path / "a", algorithm)
+    episodes = read_trace(tmp_path / "a" / "trace.jsonl")
+    assert 1 <= len(episodes) <= 22 and all(e.bops_fraction <= 0.03 for e in episodes)
+    assert best.bit_widths in [e.bit_widths for e in episodes]
+    expected = {"config.json", "trace.jsonl", "tensorboard", "bit_widths.json"} | ({"agent.zip"} if algorithm == "arq" else set())
+    assert {path.name for path in (tmp_path / "a").iterdir()} == expected
+    cut = tmp_path / "b"
+    run(cut, algorithm, episodes=5)
+    run(cut, algorithm)
+    assert outcome(cut) == outcome(tmp_path / "a")
+    if algorithm in ("random", "evolution", "parzen", "arq"):
+        run(tmp_path / "c", algorithm, episodes=5, seed=1)
+        assert outcome(tmp_path / "c") != outcome(cut)[:5]
+
+
+def test_tensorboard_shows_the_same_curves(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "random", episodes=3)
+    rewards = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("arq/reward")
+    assert [e.value for e in rewards] == pytest.approx([e.reward for e in read_trace(tmp_path / "trace.jsonl")])
+    assert [e.step for e in rewards] == [2, 4, 6]
+
+
+def test_random_actions_are_those_of_a_warm_up():
+    env = make_toy_env()
+    proposals = random(env, np.random.default_rng(0))
+    assert len({tuple(next(proposals).items()) for _ in range(30)}) > 10
+
+
+def test_evolution_and_parzen_climb():
+    """On a made-up reward both beat random search of the same length."""
+    env = planned(False, 0.02, seed=5)
+    env.decode = lambda actions: tuple(map(tuple, actions))
+    best = {}
+    for name in ("random", "evolution", "parzen"):
+        proposals, reward, seen = BASELINES[name](env, np.random.default_rng(0)), None, []
+        for _ in range(120):
+            actions = proposals.send(reward)
+            reward = -float(np.square(np.array(actions) - 0.4).sum())
+            seen.append(reward)
+        best[name] = max(seen)
+    assert best["evolution"] > best["random"] and best["parzen"] > best["random"]
+
+
+def test_the_reconstruction_decides_as_haq_does():
+    assert [absolute_bits(a) for a in (0, 0.071, 0.2, 0.5, 0.999, 1)] == [2, 2, 3, 5, 8, 8]
+    env = HaqEnv(make_toy_env())
+    observation, _ = env.reset()
+    assert env.observation_space.contains(observation) and env.horizon == 4
+    for step in range(4):
+        observation, reward, terminated, truncated, info = env.step(np.ones(1))
+        assert env.observation_space.contains(observation) and (terminated, truncated) == (step == 3, False)
+    common, _ = env.base.judge({name: Bits(*bits) for name, bits in info["bit_widths"].items()})
+    assert info["bops_fraction"] <= 0.03 and info["reward"] == common != reward
+    chosen = {layer.name: Bits(8, 8) for layer in env.free_layers}
+    cut = cut_to_budget(chosen, env.base)
+    first, last = (cut[layer.name] for layer in env.free_layers)
+    assert sum(first) >= sum(last) and bops_fraction(cut, env.base.layers) <= 0.03
+    small = {layer.name: Bits(2, 2) for layer in env.free_layers}
+    assert cut_to_budget(small, env.base) == complete(small, env.base.layers)
+
+
+def test_an_episode_shares_its_reward():
+    env = HaqEnv(make_toy_env())
+    buffer = EpisodeRewardBuffer(10, env.observation_space, env.action_space, device="cpu")
+    row, no = np.zeros((1, 10)), np.zeros((1, 1))
+    for episode, reward in enumerate((2.0, -1.0, 5.0)):
+        for step in range(4):
+            last = step == 3
+            buffer.add(row, row, no, np.array([reward if last else 0.0]), np.array([last]), [{}])
+        assert episode != 0 or buffer.rewards[:4, 0].tolist() == [2.0] * 4
+    assert buffer.rewards[:, 0].tolist() == [5.0, 5.0, 2.0, 2.0, -1.0, -1.0, -1.0, -1.0, 5.0, 5.0]  # wrapped around
+    assert abs(buffer.sample(64).rewards.mean()) < 1e-6

@@ -1,0 +1,69 @@
+"""Searches that share their evaluations, and the curves drawn from their traces."""
+
+import json
+
+import numpy as np
+import pytest
+
+from agents.compare import best_so_far, reaches, recall, run_search, setup_cost, share_sensitivities
+from agents.trace import read_trace
+from arq_env.evaluation import Evaluator
+from tests.toy import make_toy_env
+
+
+def run(store, method, seed=0, env=None, episodes=8):
+    folder = store / f"{method}-{seed}"
+    run_search(method, env or make_toy_env(), seed=seed, episodes=episodes, folder=folder, store=store, config={})
+    return read_trace(folder / "trace.jsonl")
+
+
+def count_evaluations(env):
+    made, original = [], env.evaluator._evaluate
+    env.evaluator._evaluate = lambda build: made.append(build) or original(build)
+    return made
+
+
+def test_what_one_search_evaluated_is_free_for_the_next(tmp_path):
+    first = run(tmp_path, "random")
+    env = make_toy_env()
+    made = count_evaluations(env)
+    run_search("random", env, seed=0, episodes=8, folder=tmp_path / "again", store=tmp_path, config={})
+    assert len(made) == 1  # FP32 alone
+    again = read_trace(tmp_path / "again" / "trace.jsonl")
+    assert [(e.reward, e.evaluations) for e in again] == [(e.reward, e.evaluations) for e in first]
+
+
+@pytest.mark.parametrize("change", [{"images": 31}, {"seed": 1}, {"n": 17}])
+def test_evaluations_made_otherwise_are_not_shared(tmp_path, change):
+    run(tmp_path, "uniform")
+    other = make_toy_env(**change).evaluator
+    recall(other, tmp_path)
+    assert not other._known
+
+
+def test_sensitivities_are_shared(tmp_path, monkeypatch):
+    trace = run(tmp_path, "integer_program")
+    (path,) = tmp_path.glob("sensitivities-*.json")
+    rows = json.loads(path.read_text())
+    monkeypatch.setattr("arq_env.evaluation.measure_sensitivities", lambda *_: pytest.fail("measured again"))
+    evaluator = make_toy_env().evaluator
+    share_sensitivities(evaluator, tmp_path)
+    assert [evaluator.sensitivities[row["layer"], row["kind"]] for row in rows] == [row["divergence"] for row in rows]
+    assert isinstance(evaluator, Evaluator) and len(run(tmp_path, "greedy")) == 1 and trace
+
+
+def test_the_cost_before_the_first_map():
+    env = make_toy_env()
+    assert setup_cost("random", env) == 0
+    # 13 networks on 1,280 + 512 images, against 1,280 + 32 x 20 forwards
+    assert setup_cost("greedy", env) == pytest.approx(13 * 1792 / 1920)
+
+
+def test_curves(tmp_path):
+    trace = run(tmp_path, "random")
+    rewards = [episode.reward for episode in trace]
+    curve = best_so_far(trace, 10)
+    assert curve[0] == rewards[0] and curve[7] == curve[9] == max(rewards) and (np.diff(curve) >= 0).all()
+    late = best_so_far(trace, 10, setup=2.5)
+    assert np.isnan(late[:3]).all() and (late[3:] == curve[:7]).all()
+    assert reaches(late, rewards[0]) == 4 and reaches(curve, max(rewards) + 1) is None
