@@ -7,7 +7,8 @@ import numpy as np
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES, WITH_SENSITIVITIES
-from agents.search import evaluation_identity, search
+from agents.run_folder import evaluation_identity
+from agents.search import search
 from agents.trace import Episode, read_trace
 from arq_env.evaluation import Evaluator
 from arq_env.files import write_json

@@ -1,24 +1,23 @@
 """One search from first episode to exported map, resumable at every episode."""
 
-import dataclasses
 import json
 import shutil
 import warnings
 from pathlib import Path
 
 import numpy as np
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from tqdm import tqdm
 
-from agents.algorithms import AGENTS, ALGORITHMS, DecayingNoise, build_agent, hyperparameters
+from agents.algorithms import AGENTS, build_agent
 from agents.baselines import BASELINES
 from agents.callbacks import RecordEpisodes
 from agents.recorder import Recorder
-from agents.trace import Episode, read_trace
-from arq_env.bitwidths import save_map
+from agents.run_folder import export_map, open_folder
+from agents.trace import Episode
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
-from arq_env.files import atomic_file, drop_partial_line, write_json
-from arq_env.provenance import provenance
+from arq_env.files import atomic_file
 
 #: Maps with the highest rewards that are judged again, on other images.
 CANDIDATES = 5
@@ -53,30 +52,20 @@ def search(
     """
     if algorithm not in (*AGENTS, *BASELINES):
         raise ArqError(f"there is no algorithm {algorithm!r}: choose one of {', '.join((*AGENTS, *BASELINES))}")
-    if episodes < 1:
-        raise ArqError(f"{episodes} episodes were asked for: give at least 1")
     folder = Path(folder)
-    evaluator = env.get_wrapper_attr("evaluator")
-    known = _open_folder(folder, algorithm, env, seed, config or {})
-    if episodes < len(known):
-        raise ArqError(f"{folder} already has {len(known)} episodes: ask for at least as many, or choose another --output")
+    known = open_folder(folder, algorithm, env, episodes, seed, config or {})
     if (exported := _exported(folder, episodes)) is not None:
         return known[exported - 1]
-    for episode in known:
-        evaluator.remember(episode.bit_widths, episode.evaluation)
-    _ = evaluator.reference  # certified before the bar starts, so that errors and warnings come first
-
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
-    recorder = Recorder(folder, env.get_wrapper_attr("layers"), episodes, known, progress=progress)
+    recorder = start(folder, env, episodes, known, progress=progress)
     if algorithm in AGENTS:
-        agent = _learn(algorithm, env, recorder, seed, device)
-        with atomic_file(folder / "agent.zip") as file:
-            agent.save(file)
+        learn(algorithm, env, recorder, folder, seed, device)
     else:
         _propose(algorithm, env.unwrapped, recorder, seed)
     recorder.close()
-    best, confirmed = confirm(recorder.done, evaluator, progress=progress)
-    save_run_map(folder, env, best, confirmed | {"episodes": episodes})
+    best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), progress=progress)
+    told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
+    metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
+    export_map(folder, env, best.bit_widths, env.get_wrapper_attr("default_budget").fraction, metrics)
     return best
 
 
@@ -89,13 +78,25 @@ def _exported(folder: Path, episodes: int) -> int | None:
         return None
 
 
-def _learn(algorithm: str, env, recorder: Recorder, seed: int, device: str):
-    """Train an agent for as many episodes as the recorder expects."""
+def start(folder: Path, env, episodes: int, known: list[Episode], *, progress: bool) -> Recorder:
+    """Recall what is known, certify the FP32 network, and open the record of a search."""
+    evaluator = env.get_wrapper_attr("evaluator")
+    for episode in known:
+        evaluator.remember(episode.bit_widths, episode.evaluation)
+    _ = evaluator.reference  # certified before the bar starts, so that errors and warnings come first
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
+    return Recorder(folder, env.get_wrapper_attr("layers"), episodes, known, progress=progress)
+
+
+def learn(algorithm: str, env, recorder: Recorder, folder: Path, seed: int, device: str) -> OffPolicyAlgorithm:
+    """Train an agent for as many episodes as the recorder expects; leave it in ``agent.zip``."""
     agent = build_agent(algorithm, env, seed=seed, device=device)
     agent.set_logger(recorder.logger)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You specified a buffer size")
         agent.learn(recorder.episodes * agent.env.get_attr("horizon")[0], callback=RecordEpisodes(recorder), log_interval=1)
+    with atomic_file(folder / "agent.zip") as file:
+        agent.save(file)
     return agent
 
 
@@ -130,76 +131,3 @@ def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = T
     best = max(candidates, key=lambda episode: judged[episode.episode].acr)
     settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n")}
     return best, {"confirmed_acr": judged[best.episode].acr, "confirmed_reference_acr": judge.reference.acr, **settings}
-
-
-def save_run_map(folder: Path, env, best: Episode, also: dict) -> None:
-    """Write the chosen map of a run as ``bit_widths.json``.
-
-    :param also: what its metrics say beside the episode's outcome
-    """
-    problem = env.get_wrapper_attr("problem")
-    metrics = {
-        key: getattr(best, key) for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
-    }
-    save_map(
-        folder / "bit_widths.json",
-        best.bit_widths,
-        env.get_wrapper_attr("layers"),
-        network=problem.card.get("network"),
-        dataset=problem.card.get("dataset"),
-        sigma=problem.sigma,
-        budget=env.get_wrapper_attr("default_budget").fraction,
-        metrics=metrics | also,
-        provenance=provenance()
-        | {
-            "checkpoint": problem.card.get("digest"),
-            "training": problem.card.get("training"),
-            "certifier": dataclasses.asdict(env.get_wrapper_attr("evaluator").settings),
-        },
-    )
-
-
-def evaluation_identity(evaluator: Evaluator) -> dict:
-    """What an evaluation depends on beside the map: two that are equal in this can take each other's place."""
-    problem = evaluator.problem
-    return {
-        "sigma": problem.sigma,
-        "network": problem.digest,
-        "certifier": dataclasses.asdict(evaluator.settings),
-        "versions": provenance()["versions"],
-    }
-
-
-def _open_folder(folder: Path, algorithm: str, env, seed: int, config: dict) -> list[Episode]:
-    """Write ``config.json``, or check that it is the one already there; return the episodes of the trace."""
-    settings = {}
-    if algorithm in ALGORITHMS:
-        settings = hyperparameters(algorithm, env.get_wrapper_attr("horizon"))
-        settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
-        settings["action_noise"] = None if algorithm == "sac" else vars(DecayingNoise(2))
-    config = config | {
-        "algorithm": algorithm,
-        "seed": seed,
-        "budget": env.get_wrapper_attr("default_budget").fraction,
-        "end_bits": env.get_wrapper_attr("end_bits"),
-        "hyperparameters": settings,
-        **evaluation_identity(env.get_wrapper_attr("evaluator")),
-    }
-    config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file
-    path = folder / "config.json"
-    if not path.exists():
-        if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
-            raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
-        write_json(path, config | {"provenance": provenance()})
-        return []
-    try:
-        found = json.loads(path.read_text())
-        found.pop("provenance", None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
-    differing = sorted(key for key in config.keys() | found.keys() if config.get(key) != found.get(key))
-    if differing:
-        raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
-    episodes = read_trace(folder / "trace.jsonl")
-    drop_partial_line(folder / "trace.jsonl")
-    return episodes

@@ -209,6 +209,7 @@ def test_other_agents_run(tmp_path, algorithm):
 def test_comparing_mistakes(tmp_path):
     assert_one_line_error(script("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(script("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+    assert_one_line_error(script("train_any_budget", "--low", "0.03", "--high", "0.02", "--output", tmp_path / "x"), "low first")
 
 
 @pytest.mark.slow
@@ -237,6 +238,27 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert (tmp_path / "comparison-budget0.007.png").exists()
     assert {path.name for path in (tmp_path / "budget0.007").iterdir()} == {"uniform-seed0", "random-seed0", "random-seed1"}
     assert script(*command).stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_one_agent_exports_a_map_for_each_budget(tmp_path):
+    command = [
+        "train_any_budget",
+        "--env",
+        "ARQ-ResNet20-Signs-v0",
+        "--training",
+        "gaussian",
+        "--episodes",
+        "2",
+        "--output",
+        tmp_path,
+    ]
+    done = script(*command, "--low", "0.01", "--high", "0.015", "--budgets", "0.01", "0.015")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    assert [row["budget"] for row in rows] == [0.01, 0.015] and all(row["bops_fraction"] <= row["budget"] for row in rows)
+    one = json.loads((tmp_path / "maps" / "0.015" / "bit_widths.json").read_text())
+    assert one["budget"] == 0.015 and one["bops_fraction"] == rows[1]["bops_fraction"]
 
 
 @pytest.mark.slow

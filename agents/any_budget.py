@@ -1,0 +1,101 @@
+"""One agent for every budget: it learns on budgets drawn anew for each episode, and then answers for any of them."""
+
+from functools import cached_property
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from agents.run_folder import open_folder
+from agents.search import learn, start
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, bops_fraction, uniform
+from arq_env.budget import BopsBudget
+from arq_env.errors import ArqError
+
+
+class DrawnBudget(gymnasium.Wrapper):
+    """Draws each episode's budget, evenly on a log scale, and takes what uniform bits would reach there off the reward.
+
+    That baseline depends on the budget alone, so it changes no preference among maps; it leaves the agent with rewards
+    of one scale, from the smallest budget to the largest. The environment's own reward is ``info["reward"]``.
+
+    :param env: an :class:`arq_env.env.ArqEnv`
+    :param low, high: fractions of FP32's bit operations
+    """
+
+    def __init__(self, env: gymnasium.Env, low: float, high: float):
+        super().__init__(env)
+        if not 0 < low < high <= 1:
+            raise ArqError(f"budgets from {low} to {high} were asked for: give two fractions of FP32's bit operations, low first")
+        BopsBudget(env.unwrapped.layers, low, env.unwrapped.end_bits)  # an error, if it cannot be met
+        self.low, self.high = low, high
+        self._rng = np.random.default_rng()
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode at a drawn budget, unless ``options`` name one."""
+        if seed is not None:
+            self._rng = np.random.default_rng(seed)
+        if not (options or {}).get("budget"):
+            drawn = float(np.exp(self._rng.uniform(np.log(self.low), np.log(self.high))))
+            options = (options or {}) | {"budget": drawn}
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        """As the environment does; the last reward is relative to uniform bits."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated:
+            info = info | {"reward": reward}
+            reward -= float(np.interp(np.log(self.unwrapped.budget.fraction), *self.uniform_rewards))
+        return observation, reward, terminated, truncated, info
+
+    @cached_property
+    def uniform_rewards(self) -> tuple[list[float], list[float]]:
+        """Log fractions of FP32's BOPs and rewards of W2A2, W3A3 and so on, up to the first that the largest budget allows not."""
+        base, costs, rewards = self.unwrapped, [], []
+        for bits in range(MIN_BITS, MAX_BITS + 1):
+            bit_widths = uniform(base.layers, bits, bits, base.end_bits)
+            costs.append(float(np.log(bops_fraction(bit_widths, base.layers))))
+            rewards.append(base.judge(bit_widths)[0])
+            if np.exp(costs[-1]) > self.high:
+                break
+        return costs, rewards
+
+
+def train_for_any_budget(
+    algorithm: str,
+    env,
+    budgets: tuple[float, float],
+    *,
+    episodes: int,
+    folder: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+    config: dict | None = None,
+) -> OffPolicyAlgorithm:
+    """Train one agent on all budgets between two; resumable as :func:`agents.search.search` is.
+
+    The folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/`` and ``agent.zip``.
+
+    :param budgets: least and greatest fraction of FP32's bit operations
+    """
+    folder, drawn = Path(folder), DrawnBudget(env, *budgets)
+    known = open_folder(folder, algorithm, env, episodes, seed, (config or {}) | {"budgets": list(budgets)})
+    recorder = start(folder, env, episodes, known, progress=progress)
+    agent = learn(algorithm, drawn, recorder, folder, seed, device)
+    recorder.close()
+    return agent
+
+
+def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> tuple[float, dict]:
+    """What the agent does at a budget, without exploring: reward and info of the episode's end.
+
+    :param env: of the network and noise that the agent learned on, or of others
+    """
+    observation, _ = env.reset(options={"budget": budget})
+    terminated = False
+    while not terminated:
+        action, _ = agent.predict(observation, deterministic=True)
+        observation, reward, terminated, _, info = env.step(action)
+    return float(reward), info

@@ -1,0 +1,87 @@
+"""The run folder: what it says of the search it belongs to, and the map it exports."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from agents.algorithms import ALGORITHMS, DecayingNoise, hyperparameters
+from agents.trace import Episode, read_trace
+from arq_env.bitwidths import BitWidthMap, save_map
+from arq_env.errors import ArqError
+from arq_env.evaluation import Evaluator
+from arq_env.files import drop_partial_line, write_json
+from arq_env.provenance import provenance
+
+
+def export_map(folder: Path, env, bit_widths: BitWidthMap, budget: float, metrics: dict) -> None:
+    """Write a map as ``bit_widths.json``, with the network, the noise and the certifier it was found for."""
+    problem = env.get_wrapper_attr("problem")
+    save_map(
+        folder / "bit_widths.json",
+        bit_widths,
+        env.get_wrapper_attr("layers"),
+        network=problem.card.get("network"),
+        dataset=problem.card.get("dataset"),
+        sigma=problem.sigma,
+        budget=budget,
+        metrics=metrics,
+        provenance=provenance()
+        | {
+            "checkpoint": problem.card.get("digest"),
+            "training": problem.card.get("training"),
+            "certifier": dataclasses.asdict(env.get_wrapper_attr("evaluator").settings),
+        },
+    )
+
+
+def evaluation_identity(evaluator: Evaluator) -> dict:
+    """What an evaluation depends on beside the map: two that are equal in this can take each other's place."""
+    problem = evaluator.problem
+    return {
+        "sigma": problem.sigma,
+        "network": problem.digest,
+        "certifier": dataclasses.asdict(evaluator.settings),
+        "versions": provenance()["versions"],
+    }
+
+
+def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, config: dict) -> list[Episode]:
+    """Write ``config.json``, or check that it is the one already there; return the episodes of the trace.
+
+    :raises ArqError: when no episode is asked for, fewer than there are, or the folder holds something else
+    """
+    if episodes < 1:
+        raise ArqError(f"{episodes} episodes were asked for: give at least 1")
+    settings = {}
+    if algorithm in ALGORITHMS:
+        settings = hyperparameters(algorithm, env.get_wrapper_attr("horizon"))
+        settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
+        settings["action_noise"] = None if algorithm == "sac" else vars(DecayingNoise(2))
+    config = config | {
+        "algorithm": algorithm,
+        "seed": seed,
+        "budget": env.get_wrapper_attr("default_budget").fraction,
+        "end_bits": env.get_wrapper_attr("end_bits"),
+        "hyperparameters": settings,
+        **evaluation_identity(env.get_wrapper_attr("evaluator")),
+    }
+    config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file
+    path = folder / "config.json"
+    if not path.exists():
+        if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
+            raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
+        write_json(path, config | {"provenance": provenance()})
+        return []
+    try:
+        found = json.loads(path.read_text())
+        found.pop("provenance", None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
+    differing = sorted(key for key in config.keys() | found.keys() if config.get(key) != found.get(key))
+    if differing:
+        raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
+    known = read_trace(folder / "trace.jsonl")
+    drop_partial_line(folder / "trace.jsonl")
+    if episodes < len(known):
+        raise ArqError(f"{folder} already has {len(known)} episodes: ask for at least as many, or choose another --output")
+    return known
