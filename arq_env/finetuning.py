@@ -11,7 +11,7 @@ import torch
 from arq_env.bitwidths import BitWidthMap
 from arq_env.certification import certify
 from arq_env.evaluation import Evaluator
-from arq_env.networks.training import Recipe, train, training_method
+from arq_env.networks.training import Recipe, train
 from arq_env.quantization import load_quantized, save_quantized
 
 #: Images of the reward split that choose the epoch: the last ones, which no search is rewarded on.
@@ -19,18 +19,13 @@ HELD_OUT = 464
 
 
 def finetuning_recipe(sigma: float, **changes) -> Recipe:
-    """The recipe of the reported figures: a short cycle under the consistency loss, with distillation from the base network."""
-    default = Recipe(
-        sigma,
-        epochs=2,
-        images=32_768,
-        batch=64,
-        optimizer="adamw",
-        peak_rate=0.0005,
-        weight_decay=1e-4,
-        distillation=0.5,
-    )
-    return replace(default, **training_method("consistency", sigma) | changes)
+    """The recipe of the reported figures: a short cycle that distils the base network on noisy images, and nothing else.
+
+    The base network knows what its training under noise has taught it; labels and a loss of their own would pull the quantized
+    network elsewhere. Each image comes with one noise: more images serve better than more noises of one.
+    """
+    default = Recipe(sigma, epochs=3, batch=128, optimizer="adamw", peak_rate=0.001, weight_decay=1e-4, distillation=1.0)
+    return replace(default, **changes)
 
 
 def finetune(

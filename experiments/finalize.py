@@ -37,10 +37,10 @@ def parse():
     shown = finetuning_recipe(0.5)
     for name, kind, what in (
         ("epochs", command_line.whole(1), "passes over the images of an epoch"),
-        ("images", command_line.whole(1), "training images an epoch, drawn anew for each"),
+        ("images", command_line.whole(0), "training images an epoch, drawn anew for each; 0 for all"),
         ("batch", command_line.whole(1), "images a step"),
         ("peak-rate", float, "highest learning rate of the cycle"),
-        ("distillation", float, "weight of the base network's predictions against the labels, 0 to 1"),
+        ("distillation", float, "weight of the base network's predictions, 0 to 1; the rest goes to the labels"),
         ("seed", command_line.whole(0), "of order, crops and noise, in training and in certification"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
