@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from agents.algorithms import ALGORITHMS
 from agents.run_folder import open_folder
 from agents.search import learn, start
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, bops_fraction, uniform
@@ -18,7 +19,7 @@ class DrawnBudget(gymnasium.Wrapper):
     """Draws each episode's budget, evenly on a log scale, and takes what uniform bits would reach there off the reward.
 
     That baseline depends on the budget alone, so it changes no preference among maps; it leaves the agent with rewards
-    of one scale, from the smallest budget to the largest. The environment's own reward is ``info["reward"]``.
+    of one scale, from the smallest budget to the largest. ``info["reward"]`` stays the environment's own.
 
     :param env: an :class:`arq_env.env.ArqEnv`
     :param low, high: fractions of FP32's bit operations
@@ -45,7 +46,6 @@ class DrawnBudget(gymnasium.Wrapper):
         """As the environment does; the last reward is relative to uniform bits."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         if terminated:
-            info = info | {"reward": reward}
             reward -= float(np.interp(np.log(self.unwrapped.budget.fraction), *self.uniform_rewards))
         return observation, reward, terminated, truncated, info
 
@@ -80,12 +80,12 @@ def train_for_any_budget(
 
     :param budgets: least and greatest fraction of FP32's bit operations
     """
+    if algorithm not in ALGORITHMS:
+        raise ArqError(f"there is no algorithm {algorithm!r} for drawn budgets: choose one of {', '.join(ALGORITHMS)}")
     folder, drawn = Path(folder), DrawnBudget(env, *budgets)
     known = open_folder(folder, algorithm, env, episodes, seed, (config or {}) | {"budgets": list(budgets)})
-    recorder = start(folder, env, episodes, known, progress=progress)
-    agent = learn(algorithm, drawn, recorder, folder, seed, device)
-    recorder.close()
-    return agent
+    with start(folder, env, episodes, known, progress=progress) as recorder:
+        return learn(algorithm, drawn, recorder, folder, seed, device)
 
 
 def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> tuple[float, dict]:

@@ -72,31 +72,36 @@ def integer_program(env, rng: np.random.Generator) -> Proposals:
 def least_sensitive(env, sensitivities: Sensitivities, activation_weight: float = 1.0) -> BitWidthMap:
     """The map within the budget whose sensitivities, those of activations times ``activation_weight``, add up to least."""
     free, pairs = env.free_layers, list(product(WIDTHS, WIDTHS))
-    leader = {layer.name: layer.tied_to or layer.name for layer in free}
-    losses, costs = np.zeros((len(free), len(pairs))), np.zeros((len(free), len(pairs)))
+    rows = {layer.name: row for row, layer in enumerate(free)}
+    losses, costs = np.zeros((len(free), len(pairs))), np.zeros((len(free), len(pairs)), np.int64)
     for row, layer in enumerate(free):
         weights = sensitivities[layer.name, "weight"]
         activations = sensitivities.get((layer.name, "activation"), [0.0] * len(WIDTHS))
         losses[row] = [weights[w - MIN_BITS] + activation_weight * activations[a - MIN_BITS] for w, a in pairs]
         costs[row] = [layer.macs * w * a for w, a in pairs]
-    ends = bops(complete({layer.name: Bits(0, 0) for layer in free}, env.layers, env.end_bits), env.layers)
-    one_pair_each = np.kron(np.eye(len(free)), np.ones(len(pairs)))
-    # relative costs and losses, since HiGHS works with absolute tolerances
-    limit = env.default_budget.limit - ends
-    constraints = [LinearConstraint(one_pair_each, 1, 1), LinearConstraint(costs.reshape(1, -1) / limit, ub=1)]
-    rows = {layer.name: row for row, layer in enumerate(free)}
+    limit = env.default_budget.limit
+    for layer in env.layers:
+        if layer.tied_to in rows and layer.name not in rows:  # an end whose activation bits a free layer decides
+            costs[rows[layer.tied_to]] += [layer.macs * env.end_bits * a for _, a in pairs]
+        elif layer.name not in rows:
+            limit -= layer.macs * env.end_bits**2
+    # HiGHS works with absolute tolerances: whole units of the largest common cost, and half a unit to spare
+    unit = np.gcd.reduce(costs.ravel())
+    constraints = [
+        LinearConstraint(np.kron(np.eye(len(free)), np.ones(len(pairs))), 1, 1),
+        LinearConstraint(costs.reshape(1, -1) / unit, ub=limit // unit + 0.5),
+    ]
     for layer in free:
-        if leader[layer.name] != layer.name:
+        if layer.tied_to is not None:
             equal = np.zeros((len(WIDTHS), *losses.shape))
             for column, (_, a) in enumerate(pairs):
                 equal[a - MIN_BITS, rows[layer.name], column] = 1
-                if leader[layer.name] in rows:
-                    equal[a - MIN_BITS, rows[leader[layer.name]], column] = -1
-            fixed = 0.0 if leader[layer.name] in rows else np.eye(len(WIDTHS))[env.end_bits - MIN_BITS]
+                if layer.tied_to in rows:
+                    equal[a - MIN_BITS, rows[layer.tied_to], column] = -1
+            fixed = 0.0 if layer.tied_to in rows else np.eye(len(WIDTHS))[env.end_bits - MIN_BITS]
             constraints.append(LinearConstraint(equal.reshape(len(WIDTHS), -1), fixed, fixed))
-    solved = milp(
-        (losses / max(losses.max(), 1e-12)).ravel(), integrality=np.ones(losses.size), bounds=Bounds(0, 1), constraints=constraints
-    )
+    scaled = (losses / max(losses.max(), 1e-12)).ravel()
+    solved = milp(scaled, integrality=np.ones(losses.size), bounds=Bounds(0, 1), constraints=constraints)
     if solved.x is None:
         raise ArqError(f"the integer program was not solved ({solved.message}): try another budget")
     chosen = solved.x.reshape(losses.shape).argmax(1)
@@ -113,11 +118,20 @@ def parzen(env, rng: np.random.Generator) -> Proposals:
     return _optuna(env, lambda optuna, seed: optuna.samplers.TPESampler(n_startup_trials=20, seed=seed), rng)
 
 
-def _optuna(env, sampler, rng) -> Proposals:
+def import_optuna():
+    """Optuna, an optional dependency.
+
+    :raises ArqError: when it is not installed
+    """
     try:
         import optuna
     except ImportError as error:
-        raise ArqError(f'this search needs Optuna ({error}): pip install -e ".[search]"') from error
+        raise ArqError(f'the searches {" and ".join(WITH_OPTUNA)} need Optuna ({error}): pip install -e ".[search]"') from error
+    return optuna
+
+
+def _optuna(env, sampler, rng) -> Proposals:
+    optuna = import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=sampler(optuna, int(rng.integers(2**31))))
     names = [f"{layer.name} {kind}" for layer in env.free_layers for kind in Bits._fields]
@@ -140,5 +154,6 @@ BASELINES = {
     "evolution": evolution,
     "parzen": parzen,
 }
+WITH_OPTUNA = ("evolution", "parzen")
 #: Those that start from measured sensitivities, which cost what :func:`arq_env.sensitivity.cost_in_evaluations` says.
 WITH_SENSITIVITIES = ("greedy", "integer_program")

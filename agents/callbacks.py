@@ -12,7 +12,7 @@ AT_BOUNDS = 0.99
 class RecordEpisodes(BaseCallback):
     """Hands each episode's outcome to the recorder.
 
-    An environment with a reward of its own gives the common one as ``info["reward"]``.
+    The reward is ``info["reward"]``, that of :meth:`arq_env.env.ArqEnv.judge`, also where a wrapper rewards the agent otherwise.
 
     :param recorder: of the search; its logger is the agent's
     """
@@ -24,8 +24,7 @@ class RecordEpisodes(BaseCallback):
     def _on_step(self) -> bool:
         self._actions.append(self.locals["actions"][0])
         if self.locals["dones"][0]:
-            info = self.locals["infos"][0]
-            self.recorder.add(info.get("reward", self.locals["rewards"][0]), info)
+            self.recorder.add(self.locals["infos"][0])
             self.logger.record("arq/actions_at_bounds", float((np.abs(self._actions) > AT_BOUNDS).mean()))
             self._actions.clear()
         return True

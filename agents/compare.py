@@ -7,12 +7,15 @@ import numpy as np
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES, WITH_SENSITIVITIES
+from agents.haq import cached_samples
 from agents.run_folder import evaluation_identity
 from agents.search import search
 from agents.trace import Episode, read_trace
+from arq_env.certification.methods import SKIPPING
 from arq_env.evaluation import Evaluator
-from arq_env.files import write_json
-from arq_env.sensitivity import cost_in_evaluations
+from arq_env.files import sha256, write_json
+from arq_env.problem import CALIBRATION_IMAGES
+from arq_env.sensitivity import forward_passes
 
 METHODS = (*BASELINES, "arq", *ALGORITHMS)
 #: Searches that come out the same with every seed.
@@ -32,9 +35,9 @@ def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, stor
 
 
 def recall(evaluator: Evaluator, store: Path) -> None:
-    """Take over the evaluations from all traces below a folder that were made with this network, certifier and versions."""
+    """Take over the evaluations from all run folders two levels below a folder that were made alike."""
     wanted = evaluation_identity(evaluator)
-    for path in sorted(store.rglob("config.json")):
+    for path in sorted(store.glob("*/*/config.json")):
         config = json.loads(path.read_text())
         if {key: config.get(key) for key in wanted} == wanted:
             for episode in read_trace(path.parent / "trace.jsonl"):
@@ -43,8 +46,8 @@ def recall(evaluator: Evaluator, store: Path) -> None:
 
 def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
     """Read the sensitivities from ``store``, or measure them and leave them there."""
-    identity = evaluation_identity(evaluator)
-    path = store / f"sensitivities-{identity['network'][:12]}-sigma{identity['sigma']:g}-seed{evaluator.settings.seed}.json"
+    identity = sha256(json.dumps(evaluation_identity(evaluator), sort_keys=True).encode())
+    path = store / f"sensitivities-{identity[:12]}.json"
     if path.exists():
         evaluator.sensitivities = {(row["layer"], row["kind"]): row["divergence"] for row in json.loads(path.read_text())}
     else:
@@ -53,9 +56,14 @@ def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
 
 
 def setup_cost(method: str, env) -> float:
-    """What a search measures before its first map, in evaluations."""
+    """What a search measures before its first map, in evaluations by forward passes."""
     evaluator = env.get_wrapper_attr("evaluator")
-    return cost_in_evaluations(evaluator.problem, evaluator.settings) if method in WITH_SENSITIVITIES else 0.0
+    s = evaluator.settings
+    counted = s.images * (evaluator.reference.clean_accuracy if s.reward_method in SKIPPING else 1)
+    evaluation = CALIBRATION_IMAGES + s.images * s.n0 + counted * s.n
+    if method in WITH_SENSITIVITIES:
+        return forward_passes(evaluator.problem) / evaluation
+    return cached_samples(s) / evaluation if method == "arq" else 0.0
 
 
 def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -> np.ndarray:

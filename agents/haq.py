@@ -16,7 +16,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete
-from arq_env.evaluation import Evaluator
+from arq_env.env import REWARD_SCALE
+from arq_env.evaluation import CACHE_FACTOR, CertifierSettings, Evaluator
 
 WARM_UP_EPISODES = 20
 ACTOR_RATE, CRITIC_RATE = 1e-4, 1e-3
@@ -30,18 +31,17 @@ REWARD_SAMPLES = 128
 class HaqEnv(gymnasium.Env):
     """HAQ's decision process: two steps a layer, absolute bits, the budget enforced when all is chosen.
 
-    The agent is rewarded for the map that is left after the cut. The last step's info is that of the environment below, and
-    ``reward`` in it the reward which that one gives.
+    The agent is rewarded for the map that is left after the cut. The last step's info, ``reward`` included, is that of the
+    environment below, which the agent does not see: each map is evaluated twice, so that this search's trace can be
+    compared with the others'. A resumed search recalls the latter evaluation only and makes the former again.
 
     :param base: the :class:`arq_env.env.ArqEnv` whose problem and budget this shares
     """
 
     def __init__(self, base):
         self.base, self.free_layers = base, base.free_layers
-        s = base.evaluator.settings
-        images = max(1, s.images * (s.n0 + s.n) // REWARD_SAMPLES)
-        settings = replace(s, images=images, n0=100, n=REWARD_SAMPLES, alpha=0.001, reward_method="incremental")
-        self.evaluator = Evaluator(base.problem, settings)
+        self.evaluator = Evaluator(base.problem, incremental(base.evaluator.settings))
+        self.evaluator.quantizer = base.evaluator.quantizer  # the same calibration
         self.observation_space = spaces.Box(0, 1, (10,), np.float32)
         self.action_space = spaces.Box(-1, 1, (1,), np.float32)
         columns = ("depthwise", "in_channels", "out_channels", "stride", "kernel", "parameters", "input_size")
@@ -69,13 +69,25 @@ class HaqEnv(gymnasium.Env):
         pairs = zip(self.free_layers, self._bits[::2], self._bits[1::2], strict=True)
         bit_widths = cut_to_budget({layer.name: Bits(weight, activation) for layer, weight, activation in pairs}, self.base)
         certified = self.evaluator.evaluate(bit_widths)
-        common, info = self.base.judge(bit_widths)
-        return self._observe(), 10 * (certified.acr / self.evaluator.reference.acr - 1), True, False, info | {"reward": common}
+        _, info = self.base.judge(bit_widths)
+        return self._observe(), REWARD_SCALE * (certified.acr / self.evaluator.reference.acr - 1), True, False, info
 
     def _observe(self) -> np.ndarray:
         step = min(len(self._bits), self.horizon - 1)
         previous = self._bits[-1] / MAX_BITS if self._bits else 1.0
         return np.array([*self._static[step // 2], previous, step % 2], np.float32)
+
+
+def incremental(settings: CertifierSettings) -> CertifierSettings:
+    """A reward certifier by incremental smoothing for about as many forward passes."""
+    images = max(1, settings.images * (settings.n0 + settings.n) // REWARD_SAMPLES)
+    return replace(settings, images=images, n0=100, n=REWARD_SAMPLES, alpha=0.001, reward_method="incremental")
+
+
+def cached_samples(settings: CertifierSettings) -> int:
+    """Forward passes of the FP32 network that incremental smoothing makes once, beside a search with these settings."""
+    own = incremental(settings)
+    return own.images * (own.n0 + CACHE_FACTOR * own.n)
 
 
 def absolute_bits(action: float) -> int:

@@ -32,19 +32,7 @@ def main(algorithm: str) -> None:
         options.output
         or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}{trained}-seed{options.seed}"
     )
-    try:
-        env = gymnasium.make(
-            options.env,
-            budget=options.budget,
-            sigma=options.sigma,
-            training=options.training,
-            device=options.device,
-            disable_env_checker=True,
-        )
-    except TypeError as error:  # an environment that takes no budget
-        if "keyword argument" not in str(error):
-            raise
-        raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
+    env = make_env(options)
     print(f"{name} on {options.env}: {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})")
     best = search(
         algorithm,
@@ -52,13 +40,27 @@ def main(algorithm: str) -> None:
         episodes=options.episodes,
         folder=folder,
         seed=options.seed,
-        config={"env": options.env, "device": options.device},
+        config={"env": options.env},
     )
     base = env.unwrapped
     print(f"\nexported: episode {best.episode} of {options.episodes}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
     print(layer_table(base.layers, best.bit_widths))
     if options.test_images:
         _certify(base, best, folder, options)
+
+
+def make_env(options):
+    """The environment that a command line asks for.
+
+    :param options: with ``env, budget, sigma, training, device``
+    """
+    arguments = {name: getattr(options, name) for name in ("budget", "sigma", "training", "device")}
+    try:
+        return gymnasium.make(options.env, disable_env_checker=True, **arguments)
+    except TypeError as error:  # an environment that takes no budget
+        if "keyword argument" not in str(error):
+            raise
+        raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
 
 
 def _parse(algorithm: str, description: str):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from agents.trace import Episode, append_episode
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, free_layers
 from arq_env.errors import ArqError
+from arq_env.files import lock
 from arq_env.layers import Layer
 from arq_env.render import render_rgb
 
@@ -18,9 +19,11 @@ PICTURE_EVERY = 10
 
 
 class Recorder:
-    """Turns each episode's outcome into a line of the trace and a row of TensorBoard values.
+    """Turns each episode's outcome into a line of the trace and a row of TensorBoard values; a context manager.
 
-    :param folder: of the run; ``trace.jsonl`` and ``tensorboard/`` in it are written
+    While it is open no other process can record into the same folder.
+
+    :param folder: of the run; it holds ``config.json``, and ``trace.jsonl`` and ``tensorboard/`` in it are written
     :param layers: of the network
     :param episodes: to run in all
     :param known: episodes already in the trace, which are replayed but not written again
@@ -30,29 +33,28 @@ class Recorder:
     def __init__(self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: list[Episode] = (), *, progress: bool = True):
         self.path, self.layers, self.episodes, self.known = folder / "trace.jsonl", layers, episodes, list(known)
         self.done: list[Episode] = []
+        self._lock = lock(folder / "config.json")
         self.logger: Logger = configure(str(folder / "tensorboard"), ["tensorboard"])
         self._maps = set()
         self._start, self._before = time.perf_counter(), self.known[-1].seconds if self.known else 0.0
         self._bar = tqdm(total=episodes, unit="episode", disable=not progress)
 
-    def add(self, reward: float, info: dict) -> Episode:
-        """Record an episode from what the environment said at its end.
+    def add(self, info: dict) -> Episode:
+        """Record an episode from the ``info`` of its last step.
 
         The values for TensorBoard are written when the logger's ``dump`` is called.
 
         :raises ArqError: when the trace holds this episode with another outcome, or cannot be written
         """
-        info = dict(info)
         bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
         self._maps.add(tuple(bit_widths.items()))
-        measured = ("bops_fraction", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "evaluation_seconds")
+        told = ("reward", "bops_fraction", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "evaluation_seconds")
         episode = Episode(
             episode=len(self.done) + 1,
-            reward=float(reward),
             bit_widths=bit_widths,
             evaluations=len(self._maps),
             seconds=self._before + time.perf_counter() - self._start,
-            **{key: info[key] for key in measured},
+            **{key: info[key] for key in told},
         )
         self.done.append(episode)
         if len(self.done) > len(self.known):
@@ -84,7 +86,10 @@ class Recorder:
                 edges = torch.arange(MIN_BITS, MAX_BITS + 2) - 0.5
                 output.writer.add_histogram("arq/bits", torch.tensor(bits), episode.episode * len(free), bins=edges)
 
-    def close(self) -> None:
-        """Finish the bar and the curves."""
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._bar.close()
         self.logger.close()
+        self._lock.close()

@@ -40,6 +40,7 @@ def evaluation_identity(evaluator: Evaluator) -> dict:
     return {
         "sigma": problem.sigma,
         "network": problem.digest,
+        "device": str(problem.device),
         "certifier": dataclasses.asdict(evaluator.settings),
         "versions": provenance()["versions"],
     }

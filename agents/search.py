@@ -39,8 +39,8 @@ def search(
     The run folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/``, ``bit_widths.json`` and, of an agent,
     ``agent.zip``. A second call with the same configuration resumes: the search takes the same decisions again from the first
     episode, since all is seeded, while every map in the trace is recalled instead of certified, which takes a hundredth of the
-    time; so a killed and resumed search ends exactly where an uninterrupted one does. More ``episodes`` than before extend it,
-    and one that has come to its end is left as it is.
+    time (but see :class:`agents.haq.HaqEnv`); so a killed and resumed search ends exactly where an uninterrupted one does. More
+    ``episodes`` than before extend it, and one that has come to its end is left as it is.
 
     :param algorithm: one of :data:`agents.algorithms.AGENTS` or :data:`agents.baselines.BASELINES`; of the latter some
         end before all episodes are used
@@ -54,14 +54,13 @@ def search(
         raise ArqError(f"there is no algorithm {algorithm!r}: choose one of {', '.join((*AGENTS, *BASELINES))}")
     folder = Path(folder)
     known = open_folder(folder, algorithm, env, episodes, seed, config or {})
-    if (exported := _exported(folder, episodes)) is not None:
+    if (exported := _exported(folder, episodes)) is not None and exported <= len(known):
         return known[exported - 1]
-    recorder = start(folder, env, episodes, known, progress=progress)
-    if algorithm in AGENTS:
-        learn(algorithm, env, recorder, folder, seed, device)
-    else:
-        _propose(algorithm, env.unwrapped, recorder, seed)
-    recorder.close()
+    with start(folder, env, episodes, known, progress=progress) as recorder:
+        if algorithm in AGENTS:
+            learn(algorithm, env, recorder, folder, seed, device)
+        else:
+            _propose(algorithm, env.unwrapped, recorder, seed)
     best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), progress=progress)
     told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
     metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
@@ -110,7 +109,7 @@ def _propose(algorithm: str, env, recorder: Recorder, seed: int) -> None:
         except StopIteration:
             break
         reward, info = env.judge(bit_widths)
-        recorder.add(reward, info)
+        recorder.add(info)
         recorder.logger.dump(len(recorder.done) * env.horizon)
 
 

@@ -73,7 +73,7 @@ class ArqEnv(gymnasium.Env):
 
     ## Episode End
     Terminates after the last free layer (18 steps for ResNet-20); never truncates. The last step's `info` holds
-    `bit_widths` (name to (weight, activation)), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius
+    `reward`, `bit_widths` (name to (weight, activation)), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius
     sigma / 2), `reference_acr` and `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing and
     reports the time that its evaluation took.
 
@@ -161,6 +161,7 @@ class ArqEnv(gymnasium.Env):
         reference = self.evaluator.reference
         evaluation = self.evaluator.evaluate(bit_widths)
         info = {
+            "reward": REWARD_SCALE * (evaluation.acr / reference.acr - 1),
             "bit_widths": {name: tuple(bits) for name, bits in bit_widths.items()},
             "bops_fraction": bops_fraction(bit_widths, self.layers),
             "acr": evaluation.acr,
@@ -169,7 +170,7 @@ class ArqEnv(gymnasium.Env):
             "reference_acr": reference.acr,
             "evaluation_seconds": evaluation.seconds,
         }
-        return REWARD_SCALE * (evaluation.acr / reference.acr - 1), info
+        return info["reward"], info
 
     def _observe(self) -> np.ndarray:
         return observe(self._static, self.budget, self._chosen, self._previous)

@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -47,6 +48,20 @@ def write_json(path: Path, document: dict) -> None:
     """Write ``document`` as indented JSON, whole or not at all."""
     with atomic_file(path) as file:
         file.write((json.dumps(document, indent=2) + "\n").encode())
+
+
+def lock(path: Path):
+    """Keep other processes from writing a file; return what holds the lock until it is closed, or this process ends.
+
+    :raises ArqError: when another process holds it
+    """
+    file = open(path, "a")  # noqa: SIM115 (whoever holds the lock closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ArqError(f"another process is writing {path}: wait until it has ended, or choose another --output") from error
+    return file
 
 
 def drop_partial_line(path: Path) -> None:

@@ -52,13 +52,9 @@ def places(layers) -> list[tuple[str, str]]:
     return [(layer.name, kind) for layer in free_layers(layers) for kind in Bits._fields if kind == "weight" or not layer.tied_to]
 
 
-def cost_in_evaluations(problem: Problem, settings) -> float:
-    """Forward passes of :func:`measure_sensitivities` over those of one evaluation, BatchNorm's calibration included in both.
-
-    :param settings: of the reward certifier
-    """
-    maps = 1 + len(MEASURED) * len(places(problem.layers))
-    return maps * (CALIBRATION_IMAGES + IMAGES) / (CALIBRATION_IMAGES + settings.images * (settings.n0 + settings.n))
+def forward_passes(problem: Problem) -> int:
+    """Images that :func:`measure_sensitivities` sends through a quantized network, BatchNorm's calibration included."""
+    return (1 + len(MEASURED) * len(places(problem.layers))) * (CALIBRATION_IMAGES + IMAGES)
 
 
 @torch.inference_mode()

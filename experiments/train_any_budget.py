@@ -5,12 +5,13 @@ The budget of each episode is drawn at random; the observation holds it. Stop it
 
 from pathlib import Path
 
-import gymnasium
+import numpy as np
 
 from agents.algorithms import ALGORITHMS
 from agents.any_budget import map_for_budget, train_for_any_budget
+from agents.main import make_env
 from agents.run_folder import export_map
-from arq_env import command_line
+from arq_env import ArqError, command_line
 from arq_env.bitwidths import Bits
 from arq_env.files import write_json
 from arq_env.provenance import provenance
@@ -27,21 +28,28 @@ def parse():
         "--budgets",
         type=float,
         nargs="+",
-        default=[0.005, 0.006, 0.007, 0.009, 0.012, 1 / 64, 0.02, 0.03],
-        help="budgets to export a map for",
+        help="budgets to export a map for, within those two (default: eight, evenly spaced on a log scale)",
     )
     parser.add_argument("--sigma", type=float, default=0.5, help="smoothing noise; a checkpoint trained under it must be there")
     parser.add_argument("--training", default="consistency", help="how that checkpoint was trained: gaussian or consistency")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
     parser.add_argument("--device", default="cpu", help="of the network that is certified; the agent stays on the CPU")
     parser.add_argument("--output", type=Path, default=Path("runs/any-budget"), help="run folder")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.budgets is None:
+        options.budgets = [float(f"{budget:.2g}") for budget in np.geomspace(options.low, options.high, 8)]
+    for budget in options.budgets:
+        if not options.low <= budget <= options.high:
+            raise ArqError(
+                f"the budget {budget} is not from {options.low} to {options.high}, which the agent learns on: change either"
+            )
+    return options
 
 
 def main():
     options = parse()
-    problem = {name: getattr(options, name) for name in ("sigma", "training", "device")}
-    env = gymnasium.make(options.env, disable_env_checker=True, budget=options.high, **problem)
+    options.budget = options.high
+    env = make_env(options)
     agent = train_for_any_budget(
         options.algorithm,
         env,
@@ -49,7 +57,7 @@ def main():
         episodes=options.episodes,
         folder=options.output,
         seed=options.seed,
-        config={"env": options.env, "device": options.device},
+        config={"env": options.env},
     )
     print("  budget     BOPs   reward")
     rows = []

@@ -12,7 +12,7 @@ from tests.toy import make_toy_env
 
 
 def run(store, method, seed=0, env=None, episodes=8):
-    folder = store / f"{method}-{seed}"
+    folder = store / "runs" / f"{method}-{seed}"
     run_search(method, env or make_toy_env(), seed=seed, episodes=episodes, folder=folder, store=store, config={})
     return read_trace(folder / "trace.jsonl")
 
@@ -27,9 +27,9 @@ def test_what_one_search_evaluated_is_free_for_the_next(tmp_path):
     first = run(tmp_path, "random")
     env = make_toy_env()
     made = count_evaluations(env)
-    run_search("random", env, seed=0, episodes=8, folder=tmp_path / "again", store=tmp_path, config={})
+    run_search("random", env, seed=0, episodes=8, folder=tmp_path / "runs" / "again", store=tmp_path, config={})
     assert len(made) == 1  # FP32 alone
-    again = read_trace(tmp_path / "again" / "trace.jsonl")
+    again = read_trace(tmp_path / "runs" / "again" / "trace.jsonl")
     assert [(e.reward, e.evaluations) for e in again] == [(e.reward, e.evaluations) for e in first]
 
 
@@ -54,9 +54,11 @@ def test_sensitivities_are_shared(tmp_path, monkeypatch):
 
 def test_the_cost_before_the_first_map():
     env = make_toy_env()
-    assert setup_cost("random", env) == 0
-    # 13 networks on 1,280 + 512 images, against 1,280 + 32 x 20 forwards
-    assert setup_cost("greedy", env) == pytest.approx(13 * 1792 / 1920)
+    assert setup_cost("random", env) == setup_cost("td3", env) == 0
+    # 13 networks on 1,280 + 512 images, against 1,280 + 32 x 4 and 16 more for each image that is right
+    evaluation = 1280 + 32 * 4 + 32 * 16 * env.evaluator.reference.clean_accuracy
+    assert setup_cost("greedy", env) == pytest.approx(13 * 1792 / evaluation)
+    assert setup_cost("arq", env) == pytest.approx(5 * (100 + 16 * 128) / evaluation)
 
 
 def test_curves(tmp_path):

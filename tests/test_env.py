@@ -69,6 +69,7 @@ def test_resnet20_walks_eighteen_layers_and_loads_nothing(monkeypatch):
 def test_last_step_tells_all(toy_env):
     reward, info = play(toy_env)
     assert set(info) == {
+        "reward",
         "bit_widths",
         "bops_fraction",
         "acr",

@@ -1,3 +1,4 @@
+import fcntl
 import json
 
 import numpy as np
@@ -112,6 +113,15 @@ def test_more_episodes_extend_a_search(tmp_path):
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
     with pytest.raises(ArqError, match=f"already has {EPISODES} episodes"):
         run(tmp_path / "a", episodes=3)
+
+
+def test_two_processes_never_write_one_trace(tmp_path):
+    run(tmp_path, episodes=2)
+    with open(tmp_path / "config.json") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ArqError, match="another process"):
+            run(tmp_path, episodes=3)
+    run(tmp_path, episodes=3)
 
 
 def test_a_finished_search_is_left_as_it_is(tmp_path):

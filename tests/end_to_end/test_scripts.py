@@ -227,7 +227,7 @@ def test_searches_are_compared_and_resumed(tmp_path):
         "--seeds",
         "2",
     ]
-    command += ["--episodes", "4", "--processes", "2", "--output", tmp_path]
+    command += ["--episodes", "2", "--processes", "2", "--output", tmp_path]
     done = script(*command)
     assert done.returncode == 0, done.stderr
     assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
