@@ -38,11 +38,8 @@ def parse():
     options = parser.parse_args()
     if options.budgets is None:
         options.budgets = [float(f"{budget:.2g}") for budget in np.geomspace(options.low, options.high, 8)]
-    for budget in options.budgets:
-        if not options.low <= budget <= options.high:
-            raise ArqError(
-                f"the budget {budget} is not from {options.low} to {options.high}, which the agent learns on: change either"
-            )
+    elif outside := [budget for budget in options.budgets if not options.low <= budget <= options.high]:
+        raise ArqError(f"the agent learns on budgets from {options.low} to {options.high}, and {outside[0]} is not: change either")
     return options
 
 

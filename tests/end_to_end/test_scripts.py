@@ -210,6 +210,7 @@ def test_comparing_mistakes(tmp_path):
     assert_one_line_error(script("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(script("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
     assert_one_line_error(script("train_any_budget", "--low", "0.03", "--high", "0.02", "--output", tmp_path / "x"), "low first")
+    assert_one_line_error(script("train_any_budget", "--budgets", "0.2", "--output", tmp_path / "x"), "0.2 is not")
 
 
 @pytest.mark.slow
