@@ -1,5 +1,6 @@
 """What every search leaves behind while it runs: the trace, TensorBoard's curves, a progress bar."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from agents.trace import Episode, append_episode
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, free_layers
 from arq_env.errors import ArqError
-from arq_env.files import lock
+from arq_env.files import drop_partial_line, lock
 from arq_env.layers import Layer
 from arq_env.render import render_rgb
 
@@ -33,7 +34,9 @@ class Recorder:
     def __init__(self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: list[Episode] = (), *, progress: bool = True):
         self.path, self.layers, self.episodes, self.known = folder / "trace.jsonl", layers, episodes, list(known)
         self.done: list[Episode] = []
-        self._lock = lock(folder / "config.json")
+        self._lock = lock(folder / "config.json")  # before anything in the folder is touched
+        drop_partial_line(self.path)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
         self.logger: Logger = configure(str(folder / "tensorboard"), ["tensorboard"])
         self._maps = set()
         self._start, self._before = time.perf_counter(), self.known[-1].seconds if self.known else 0.0

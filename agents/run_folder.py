@@ -9,7 +9,7 @@ from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
-from arq_env.files import drop_partial_line, write_json
+from arq_env.files import write_json
 from arq_env.provenance import provenance
 
 
@@ -82,7 +82,6 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     if differing:
         raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
     known = read_trace(folder / "trace.jsonl")
-    drop_partial_line(folder / "trace.jsonl")
     if episodes < len(known):
         raise ArqError(f"{folder} already has {len(known)} episodes: ask for at least as many, or choose another --output")
     return known

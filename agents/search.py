@@ -1,7 +1,6 @@
 """One search from first episode to exported map, resumable at every episode."""
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 
@@ -83,7 +82,6 @@ def start(folder: Path, env, episodes: int, known: list[Episode], *, progress: b
     for episode in known:
         evaluator.remember(episode.bit_widths, episode.evaluation)
     _ = evaluator.reference  # certified before the bar starts, so that errors and warnings come first
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
     return Recorder(folder, env.get_wrapper_attr("layers"), episodes, known, progress=progress)
 
 

@@ -1,7 +1,6 @@
 """Files that are either whole or not there."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +9,11 @@ import time
 from pathlib import Path
 
 from arq_env.errors import ArqError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes in one folder go unnoticed
+    fcntl = None
 
 #: A partial file older than this was left by a killed process, in seconds.
 STALE = 3_600
@@ -57,7 +61,8 @@ def lock(path: Path):
     """
     file = open(path, "a")  # noqa: SIM115 (whoever holds the lock closes it)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
         raise ArqError(f"another process is writing {path}: wait until it has ended, or choose another --output") from error

@@ -117,10 +117,14 @@ def test_more_episodes_extend_a_search(tmp_path):
 
 def test_two_processes_never_write_one_trace(tmp_path):
     run(tmp_path, episodes=2)
+    with open(tmp_path / "trace.jsonl", "a") as file:
+        file.write('{"episode": 3')  # which the other process is about to finish
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with open(tmp_path / "config.json") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ArqError, match="another process"):
             run(tmp_path, episodes=3)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     run(tmp_path, episodes=3)
 
 
