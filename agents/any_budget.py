@@ -56,7 +56,7 @@ class DrawnBudget(gymnasium.Wrapper):
         for bits in range(MIN_BITS, MAX_BITS + 1):
             bit_widths = uniform(base.layers, bits, bits, base.end_bits)
             costs.append(float(np.log(bops_fraction(bit_widths, base.layers))))
-            rewards.append(base.judge(bit_widths)[0])
+            rewards.append(base.judge(bit_widths)["reward"])
             if np.exp(costs[-1]) > self.high:
                 break
         return costs, rewards
@@ -88,8 +88,8 @@ def train_for_any_budget(
         return learn(algorithm, drawn, recorder, folder, seed, device)
 
 
-def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> tuple[float, dict]:
-    """What the agent does at a budget, without exploring: reward and info of the episode's end.
+def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
+    """What the agent does at a budget, without exploring: the info of the episode's end, ``bit_widths`` and ``reward`` in it.
 
     :param env: of the network and noise that the agent learned on, or of others
     """
@@ -97,5 +97,5 @@ def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> tuple[float
     terminated = False
     while not terminated:
         action, _ = agent.predict(observation, deterministic=True)
-        observation, reward, terminated, _, info = env.step(action)
-    return float(reward), info
+        observation, _, terminated, _, info = env.step(action)
+    return info

@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete
 from arq_env.env import REWARD_SCALE
 from arq_env.evaluation import CACHE_FACTOR, CertifierSettings, Evaluator
+from arq_env.observation import scale_columns
 
 WARM_UP_EPISODES = 20
 ACTOR_RATE, CRITIC_RATE = 1e-4, 1e-3
@@ -47,8 +48,7 @@ class HaqEnv(gymnasium.Env):
         columns = ("depthwise", "in_channels", "out_channels", "stride", "kernel", "parameters", "input_size")
         table = np.array([[getattr(layer, name) for name in columns] for layer in self.free_layers], float)
         table = np.column_stack([table, np.arange(len(table))])
-        low, high = table.min(0), table.max(0)
-        self._static = (table - low) / np.where(high > low, high - low, 1)
+        self._static = scale_columns(table)
 
     @property
     def horizon(self) -> int:
@@ -69,8 +69,8 @@ class HaqEnv(gymnasium.Env):
         pairs = zip(self.free_layers, self._bits[::2], self._bits[1::2], strict=True)
         bit_widths = cut_to_budget({layer.name: Bits(weight, activation) for layer, weight, activation in pairs}, self.base)
         certified = self.evaluator.evaluate(bit_widths)
-        _, info = self.base.judge(bit_widths)
-        return self._observe(), REWARD_SCALE * (certified.acr / self.evaluator.reference.acr - 1), True, False, info
+        reward = REWARD_SCALE * (certified.acr / self.evaluator.reference.acr - 1)
+        return self._observe(), reward, True, False, self.base.judge(bit_widths)
 
     def _observe(self) -> np.ndarray:
         step = min(len(self._bits), self.horizon - 1)

@@ -106,8 +106,7 @@ def _propose(algorithm: str, env, recorder: Recorder, seed: int) -> None:
             bit_widths = proposals.send(reward)
         except StopIteration:
             break
-        reward, info = env.judge(bit_widths)
-        recorder.add(info)
+        reward = recorder.add(env.judge(bit_widths)).reward
         recorder.logger.dump(len(recorder.done) * env.horizon)
 
 

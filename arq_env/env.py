@@ -140,8 +140,8 @@ class ArqEnv(gymnasium.Env):
         self._chosen[layer.name] = self._previous = next_bits(action, self.budget, self._chosen)
         if step + 1 < self.horizon:
             return self._observe(), 0.0, False, False, {}
-        reward, info = self.judge(complete(self._chosen, self.layers, self.end_bits))
-        return self._observe(), reward, True, False, info
+        info = self.judge(complete(self._chosen, self.layers, self.end_bits))
+        return self._observe(), info["reward"], True, False, info
 
     def decode(self, actions) -> BitWidthMap:
         """The map that an episode of these actions ends with, at the environment's own budget: for searches that plan it whole.
@@ -153,14 +153,14 @@ class ArqEnv(gymnasium.Env):
             chosen[layer.name] = next_bits(action, budget, chosen)
         return complete(chosen, self.layers, self.end_bits)
 
-    def judge(self, bit_widths: BitWidthMap) -> tuple[float, dict]:
-        """Reward and info of a whole map, as the last step gives them; the budget is not checked.
+    def judge(self, bit_widths: BitWidthMap) -> dict:
+        """The info of a whole map, as the last step gives it, ``reward`` included; the budget is not checked.
 
         :raises ArqError: when it is not a map for this network
         """
         reference = self.evaluator.reference
         evaluation = self.evaluator.evaluate(bit_widths)
-        info = {
+        return {
             "reward": REWARD_SCALE * (evaluation.acr / reference.acr - 1),
             "bit_widths": {name: tuple(bits) for name, bits in bit_widths.items()},
             "bops_fraction": bops_fraction(bit_widths, self.layers),
@@ -170,7 +170,6 @@ class ArqEnv(gymnasium.Env):
             "reference_acr": reference.acr,
             "evaluation_seconds": evaluation.seconds,
         }
-        return info["reward"], info
 
     def _observe(self) -> np.ndarray:
         return observe(self._static, self.budget, self._chosen, self._previous)

@@ -44,9 +44,13 @@ def static_features(layers: tuple[Layer, ...]) -> np.ndarray:
         )
         for position, layer in enumerate(layers)
     ]
-    table = np.array(rows, np.float64)
+    return scale_columns(np.array(rows, np.float64)).astype(np.float32)
+
+
+def scale_columns(table: np.ndarray) -> np.ndarray:
+    """Each column scaled to [0, 1]; 0 where all of its values are equal."""
     low, high = table.min(axis=0), table.max(axis=0)
-    return ((table - low) / np.where(high > low, high - low, 1)).astype(np.float32)
+    return (table - low) / np.where(high > low, high - low, 1)
 
 
 def observe(static: np.ndarray, budget: BopsBudget, chosen: BitWidthMap, previous: Bits) -> np.ndarray:

@@ -59,12 +59,12 @@ def main():
     print("  budget     BOPs   reward")
     rows = []
     for budget in options.budgets:
-        reward, info = map_for_budget(agent, env, budget)
-        metrics = {"reward": reward} | {key: info[key] for key in ("acr", "clean_accuracy", "certified_accuracy", "reference_acr")}
+        info = map_for_budget(agent, env, budget)
+        metrics = {key: info[key] for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr")}
         bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
         export_map(options.output / "maps" / f"{budget:g}", env, bit_widths, budget, metrics)
         rows.append({"budget": budget, "bops_fraction": info["bops_fraction"]} | metrics)
-        print(f"{budget:8.3%} {info['bops_fraction']:8.3%} {reward:8.3f}")
+        print(f"{budget:8.3%} {info['bops_fraction']:8.3%} {info['reward']:8.3f}")
     write_json(options.output / "budgets.json", {"rows": rows, "provenance": provenance()})
 
 

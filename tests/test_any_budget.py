@@ -43,7 +43,7 @@ def test_the_reward_is_relative_to_uniform_bits():
     costs, rewards = env.uniform_rewards
     three = uniform(base.layers, 3, 3)
     exactly = bops_fraction(three, base.layers)
-    assert rewards[1] == base.judge(three)[0] and np.exp(costs[-1]) > HIGH > np.exp(costs[-2])
+    assert rewards[1] == base.judge(three)["reward"] and np.exp(costs[-1]) > HIGH > np.exp(costs[-2])
     env.reset(options={"budget": exactly})
     for _ in range(base.horizon):
         _, reward, terminated, _, info = env.step(np.zeros(2))
@@ -59,8 +59,8 @@ def test_one_agent_answers_for_every_budget(tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "trace.jsonl", "tensorboard", "agent.zip"}
     env = make_toy_env()
     for budget in (LOW, 0.03, HIGH):
-        reward, info = map_for_budget(agent, env, budget)
-        assert info["bops_fraction"] <= budget and np.isfinite(reward)
+        info = map_for_budget(agent, env, budget)
+        assert info["bops_fraction"] <= budget and np.isfinite(info["reward"])
     # what is on disk is that agent; killed and resumed it is the same one
     again = TD3.load(tmp_path / "a" / "agent.zip")
     run(tmp_path / "b", episodes=WARM_UP_EPISODES + 1)
