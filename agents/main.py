@@ -1,4 +1,4 @@
-"""The command behind ``experiments/train_*.py``: search, export the best map, certify it beside FP32 and uniform 4 bits."""
+"""The command behind the scripts that run one search: search, export the best map, certify it beside FP32 and uniform 4 bits."""
 
 from functools import partial
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium
 from tqdm import tqdm
 
+from agents.algorithms import ALGORITHMS
 from agents.search import search
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import uniform
@@ -21,19 +22,21 @@ EPISODES, SIGNS_EPISODES = 150, 60
 
 
 def main(algorithm: str) -> None:
-    """Parse the command line and run one search."""
-    name = algorithm.upper()
-    options = _parse(
-        algorithm,
-        f"Search a bit-width map with {name} (stable-baselines3). Stop it at any time: the same command goes on.",
-    )
+    """Parse the command line and run one search.
+
+    :param algorithm: as for :func:`agents.search.search`
+    """
+    name = f"{algorithm.upper()} (stable-baselines3)" if algorithm in ALGORITHMS else f"the {algorithm.replace('_', ' ')}"
+    options = _parse(f"Search a bit-width map with {name}. Stop it at any time: the same command goes on.")
     trained = "" if options.training == "gaussian" else f"-{options.training}"
     folder = (
         options.output
         or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}{trained}-seed{options.seed}"
     )
     env = make_env(options)
-    print(f"{name} on {options.env}: {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})")
+    print(
+        f"{algorithm} on {options.env}: at most {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})"
+    )
     best = search(
         algorithm,
         env,
@@ -43,7 +46,7 @@ def main(algorithm: str) -> None:
         config={"env": options.env},
     )
     base = env.unwrapped
-    print(f"\nexported: episode {best.episode} of {options.episodes}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
+    print(f"\nexported: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
     print(layer_table(base.layers, best.bit_widths))
     if options.test_images:
         _certify(base, best, folder, options)
@@ -63,24 +66,33 @@ def make_env(options):
         raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
 
 
-def _parse(algorithm: str, description: str):
-    parser = command_line.parser(description)
+def add_environment(parser, *, budget: float | None = None, training: str = "gaussian") -> None:
+    """The options that :func:`make_env` takes.
+
+    :param budget: the default; without it there is no such option
+    """
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
-    parser.add_argument(
-        "--episodes",
-        type=command_line.whole(1),
-        help=f"maps to try, the first 20 at random (default: {EPISODES}, or {SIGNS_EPISODES} on ARQ-ResNet20-Signs-v0)",
-    )
-    parser.add_argument("--budget", type=float, default=1 / 64, help="bit operations, as a fraction of FP32's")
+    if budget is not None:
+        parser.add_argument("--budget", type=float, default=budget, help="bit operations, as a fraction of FP32's")
     parser.add_argument(
         "--sigma",
         type=float,
         default=0.5,
         help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
     )
-    parser.add_argument("--training", default="gaussian", help="how that checkpoint was trained: gaussian or consistency")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
-    parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; the agent stays on the CPU")
+    parser.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
+    parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; an agent stays on the CPU")
+
+
+def _parse(description: str):
+    parser = command_line.parser(description)
+    add_environment(parser, budget=1 / 64)
+    parser.add_argument(
+        "--episodes",
+        type=command_line.whole(1),
+        help=f"maps to try (default: {EPISODES}, or {SIGNS_EPISODES} on ARQ-ResNet20-Signs-v0)",
+    )
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the search")
     parser.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
     parser.add_argument(
         "--test-images",

@@ -55,6 +55,11 @@ def add_test_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=getattr(TestSettings, name), help=what)
 
 
+def add_processes(parser: argparse.ArgumentParser, what: str, default: int = 1) -> None:
+    """The option ``--processes``, with what each of them does one of at a time."""
+    parser.add_argument("--processes", type=whole(1), default=default, help=f"{what} at a time, one thread each")
+
+
 def run(main, *, resumes: bool = True) -> None:
     """Call ``main()``; end with one line and exit code 2 for a mistake of the user's, 130 for Ctrl-C.
 

@@ -36,12 +36,7 @@ def parse():
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
     parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    parser.add_argument(
-        "--processes",
-        type=command_line.whole(1),
-        default=torch.get_num_threads(),
-        help="workers, one thread each, for the compiled network",
-    )
+    command_line.add_processes(parser, "images for the compiled network", default=torch.get_num_threads())
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table and the plot"
     )

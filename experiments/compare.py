@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from agents.baselines import WITH_OPTUNA, import_optuna
 from agents.compare import DETERMINISTIC, METHODS, best_so_far, reaches, run_search, setup_cost
-from agents.main import make_env
-from agents.trace import read_trace
+from agents.main import add_environment, make_env
+from agents.trace import count_episodes, read_trace
 from arq_env import ArqError, command_line
 from arq_env.files import write_json
 from arq_env.provenance import provenance
@@ -32,12 +32,8 @@ def parse():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=command_line.whole(1), default=3, help="runs of each search that draws at random")
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
-    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
-    parser.add_argument("--budget", type=float, default=0.007, help="bit operations, as a fraction of FP32's")
-    parser.add_argument("--sigma", type=float, default=0.5, help="smoothing noise; a checkpoint trained under it must be there")
-    parser.add_argument("--training", default="consistency", help="how that checkpoint was trained: gaussian or consistency")
-    parser.add_argument("--device", default="cpu", help="of the network that is certified")
-    parser.add_argument("--processes", type=command_line.whole(1), default=1, help="searches at a time, one thread each")
+    add_environment(parser, budget=0.007, training="consistency")
+    command_line.add_processes(parser, "searches")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
     options = parser.parse_args()
     for method in options.methods:
@@ -61,9 +57,12 @@ def main():
         tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar,
     ):
         searches = [pool.apply_async(search_one, (run, folders[run], options)) for run in runs]
-        while unfinished := [search for search in searches if not (search.ready() and search.get() is None)]:
-            unfinished[0].wait(2)
-            bar.n = sum(len(read_trace(folder / "trace.jsonl")) for folder in folders.values())
+        while searches:
+            searches[0].wait(2)
+            for search in [search for search in searches if search.ready()]:
+                search.get()  # raises what it ended with
+                searches.remove(search)
+            bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
             bar.refresh()
     document = summary(env, folders, options)
     name = f"comparison-budget{options.budget:g}"
@@ -87,8 +86,15 @@ def start_worker() -> None:
 def search_one(run, folder: Path, options) -> None:
     """One search in a worker process."""
     method, seed = run
-    config = {"env": options.env, "device": options.device}
-    run_search(method, make_env(options), seed=seed, episodes=options.episodes, folder=folder, store=options.output, config=config)
+    run_search(
+        method,
+        make_env(options),
+        seed=seed,
+        episodes=options.episodes,
+        folder=folder,
+        store=options.output,
+        config={"env": options.env},
+    )
 
 
 def summary(env, folders: dict, options) -> dict:

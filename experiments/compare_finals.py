@@ -1,11 +1,12 @@
 """Put finished networks side by side, on the same images and noise.
 
 Each is compared with the FP32 network it was made from, as shipped and as finished by the same recipe (when `finalize.py FP32` is
-among the folders), so that a gain from training is not taken for one from bits. Reads what finalize.py and
-certify_checkpoints.py left; certifies nothing.
+among the folders), so that a gain from training is not taken for one from bits; the JSON file holds the difference between any
+two maps as well. Reads what finalize.py and certify_checkpoints.py left; certifies nothing.
 """
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 from arq_env import ArqError, command_line
@@ -44,7 +45,12 @@ def main():
             against["finished_alike"] = compare(certificates, alike[recipe_of(final)])
         rows.append(final | {"checkpoint": name, "against_fp32": against})
     rows.sort(key=lambda row: (row["checkpoint"], -row["bops_fraction"], row["map"] != "FP32 as shipped"))
-    write_json(options.output, {"rows": rows, "provenance": provenance()})
+    pairs = [
+        {"checkpoint": a["checkpoint"], "maps": [a["map"], b["map"]], **compare(of_a, of_b)}
+        for (a, of_a), (b, of_b) in combinations(finals, 2)
+        if recipe_of(a) == recipe_of(b)
+    ]
+    write_json(options.output, {"rows": rows, "pairs": pairs, "provenance": provenance()})
     print(finals_table(rows))
 
 

@@ -43,9 +43,7 @@ def parse():
         "--n", type=command_line.whole(1), default=32, help="noise samples that count a class of a finished network"
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
-    parser.add_argument(
-        "--processes", type=command_line.whole(1), default=torch.get_num_threads(), help="maps at a time, a thread each"
-    )
+    command_line.add_processes(parser, "maps", default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("experiments/results/rank_maps"), help="folder for the figures")
     return parser.parse_args()
 

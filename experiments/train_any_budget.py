@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.algorithms import ALGORITHMS
 from agents.any_budget import map_for_budget, train_for_any_budget
-from agents.main import make_env
+from agents.main import add_environment, make_env
 from agents.run_folder import export_map
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import Bits
@@ -20,7 +20,7 @@ from arq_env.provenance import provenance
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="td3", help="of stable-baselines3")
-    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
+    add_environment(parser, training="consistency")
     parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try, the first 20 at random")
     parser.add_argument("--low", type=float, default=0.005, help="smallest budget, as a fraction of FP32's bit operations")
     parser.add_argument("--high", type=float, default=0.03, help="largest budget")
@@ -30,10 +30,7 @@ def parse():
         nargs="+",
         help="budgets to export a map for, within those two (default: eight, evenly spaced on a log scale)",
     )
-    parser.add_argument("--sigma", type=float, default=0.5, help="smoothing noise; a checkpoint trained under it must be there")
-    parser.add_argument("--training", default="consistency", help="how that checkpoint was trained: gaussian or consistency")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
-    parser.add_argument("--device", default="cpu", help="of the network that is certified; the agent stays on the CPU")
     parser.add_argument("--output", type=Path, default=Path("runs/any-budget"), help="run folder")
     options = parser.parse_args()
     if options.budgets is None:

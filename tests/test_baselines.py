@@ -9,24 +9,15 @@ import pytest
 
 from agents.baselines import BASELINES, greedy, integer_program, least_sensitive, random, uniform_bits
 from agents.haq import EpisodeRewardBuffer, HaqEnv, absolute_bits, cut_to_budget
-from agents.search import search
 from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers
 from arq_env.budget import BopsBudget
 from arq_env.layers import Layer
 from arq_env.sensitivity import places
-from tests.toy import make_toy_env
+from tests.toy import make_toy_env, outcome, search_toy
 
 WIDTHS = range(2, 9)
-
-
-def run(folder, algorithm, episodes=22, **changes):
-    return search(algorithm, make_toy_env(), episodes=episodes, folder=folder, progress=False, **changes)
-
-
-def outcome(folder):
-    return [(e.episode, e.reward, e.bit_widths, e.evaluations) for e in read_trace(folder / "trace.jsonl")]
 
 
 def planned(tied: bool, fraction: float, seed: int):
@@ -146,25 +137,25 @@ def test_sensitivities_are_measured_once_and_fall():
 @pytest.mark.parametrize("algorithm", [*BASELINES, "arq"])
 def test_every_search_leaves_the_same_folder(tmp_path, algorithm):
     episodes = 22 if algorithm == "arq" else 8  # two after its warm-up
-    best = run(tmp_path / "a", algorithm, episodes)
+    best = search_toy(tmp_path / "a", algorithm, episodes)
     trace = read_trace(tmp_path / "a" / "trace.jsonl")
     assert 1 <= len(trace) <= episodes and all(e.bops_fraction <= 0.03 for e in trace)
     assert best.bit_widths in [e.bit_widths for e in trace]
     expected = {"config.json", "trace.jsonl", "tensorboard", "bit_widths.json"} | ({"agent.zip"} if algorithm == "arq" else set())
     assert {path.name for path in (tmp_path / "a").iterdir()} == expected
     cut = tmp_path / "b"
-    run(cut, algorithm, 5)
-    run(cut, algorithm, episodes)
+    search_toy(cut, algorithm, 5)
+    search_toy(cut, algorithm, episodes)
     assert outcome(cut) == outcome(tmp_path / "a")
     if algorithm in ("random", "evolution", "parzen", "arq"):
-        run(tmp_path / "c", algorithm, episodes=5, seed=1)
+        search_toy(tmp_path / "c", algorithm, episodes=5, seed=1)
         assert outcome(tmp_path / "c") != outcome(cut)[:5]
 
 
 def test_tensorboard_shows_the_same_curves(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tmp_path, "random", episodes=3)
+    search_toy(tmp_path, "random", episodes=3)
     rewards = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("arq/reward")
     assert [e.value for e in rewards] == pytest.approx([e.reward for e in read_trace(tmp_path / "trace.jsonl")])
     assert [e.step for e in rewards] == [2, 4, 6]

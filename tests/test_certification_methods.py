@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import multiprocessing
-import pickle
 import time
 import tracemalloc
 
@@ -14,7 +13,6 @@ from arq_env import ArqError
 from arq_env.certification import (
     ABSTAINED,
     Certificates,
-    CompiledNetwork,
     PredictionCache,
     cache_predictions,
     certify,
@@ -316,37 +314,3 @@ def test_estimate(images):
         return halfspace(batch)
 
     assert 37 * 1.01 < estimate_seconds(slow_at_first, images, n0=10, n=1_000) < 2 * 37 * 1.01
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it compiles
-def test_compiled_network_says_the_same(images):
-    """A whole batch, a part of one, several, and through certify, in this process and in another."""
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3)
-    ).eval()
-    compiled, batch = CompiledNetwork(network, batch_size=8), torch.from_numpy(images)
-    with torch.inference_mode():
-        for count in (8, 3, 37):
-            torch.testing.assert_close(compiled(batch[:count]), network(batch[:count]))
-    got = certify(compiled, images, np.zeros(37), **SETTINGS)
-    np.testing.assert_allclose(got.radius, certify(network, images, np.zeros(37), **SETTINGS).radius, atol=0.02)
-    with multiprocessing.get_context("spawn").Pool(1) as processes:
-        sent = certify(compiled, images, np.zeros(37), map=processes.imap, **SETTINGS)
-    assert columns(sent) == columns(got)
-    with torch.inference_mode():
-        expected = network(batch[:8])
-        network[0].weight.zero_()  # it was compiled in as a constant
-        torch.testing.assert_close(compiled(batch[:8]), expected)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it compiles
-def test_a_compiled_network_arrives_once():
-    """In a worker process, which gets it with every task."""
-    network = torch.nn.Linear(3, 2).eval()
-    sent = pickle.dumps(CompiledNetwork(network, batch_size=8))
-    arrived = pickle.loads(sent)
-    assert pickle.loads(sent) is arrived and arrived.batch_size == 8 and not arrived.training
-    torch.testing.assert_close(arrived.network.weight, network.weight)
-    assert pickle.loads(pickle.dumps(CompiledNetwork(network, batch_size=4))) is not arrived

@@ -5,28 +5,20 @@ import numpy as np
 import pytest
 
 from agents.algorithms import WARM_UP_EPISODES, DecayingNoise
-from agents.search import CANDIDATES, confirm, search
+from agents.search import CANDIDATES, confirm
 from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
-from tests.toy import make_toy_env
+from tests.toy import make_toy_env, outcome, search_toy
 
-EPISODES = WARM_UP_EPISODES + 6
-
-
-def run(folder, algorithm="td3", episodes=EPISODES, env=None, **changes):
-    return search(algorithm, env or make_toy_env(), episodes=episodes, folder=folder, progress=False, **changes)
-
-
-def outcome(folder):
-    """What a search found, without the times it took."""
-    return [(e.episode, e.reward, e.bit_widths, e.evaluations) for e in read_trace(folder / "trace.jsonl")]
+#: Of :func:`tests.toy.search_toy`.
+EPISODES = 22
 
 
 @pytest.mark.parametrize("algorithm", ["td3", "ddpg", "sac"])
 def test_run_folder(tmp_path, algorithm):
     env = make_toy_env()
-    best = run(tmp_path, algorithm, env=env)
+    best = search_toy(tmp_path, algorithm, env=env)
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json",
         "trace.jsonl",
@@ -48,7 +40,7 @@ def test_run_folder(tmp_path, algorithm):
 def test_the_exported_map_is_chosen_on_other_images(tmp_path):
     """Luck on the search's images does not help: the map with the best confirmed ACR is exported, not that of the best reward."""
     env = make_toy_env()
-    run(tmp_path, env=env)
+    search_toy(tmp_path, env=env)
     episodes = read_trace(tmp_path / "trace.jsonl")
     best, confirmed = confirm(episodes, env.evaluator, progress=False)
     judge = env.evaluator.second_opinion()
@@ -64,7 +56,7 @@ def test_the_exported_map_is_chosen_on_other_images(tmp_path):
 def test_tensorboard_has_what_the_readme_promises(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tmp_path, episodes=3)
+    search_toy(tmp_path, episodes=3)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = {"reward", "acr", "certified_accuracy", "bops_fraction", "actions_at_bounds", "best_reward"}
     assert {f"arq/{name}" for name in names} | {"rollout/ep_rew_mean"} <= set(events.Tags()["scalars"])
@@ -76,7 +68,7 @@ def test_tensorboard_has_what_the_readme_promises(tmp_path):
 
 def test_a_killed_search_resumes_to_the_same_end(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = run(whole)
+    expected = search_toy(whole)
 
     class Killed(Exception):
         pass
@@ -86,63 +78,63 @@ def test_a_killed_search_resumes_to_the_same_end(tmp_path):
 
     def dying(bit_widths):
         done.append(bit_widths)
-        if len(done) == WARM_UP_EPISODES + 3:
+        if len(done) == WARM_UP_EPISODES + 1:
             raise Killed
         return evaluate(bit_widths)
 
     env.evaluator.evaluate = dying
     with pytest.raises(Killed):
-        run(cut, env=env)
+        search_toy(cut, env=env)
     with open(cut / "trace.jsonl", "a") as file:
-        file.write('{"episode": 23, "rew')  # a line that the kill cut short
+        file.write('{"episode": 21, "rew')  # a line that the kill cut short
 
     env = make_toy_env()
     quantized = []
     evaluator = env.evaluator
     evaluator.quantizer.quantize = lambda bits, original=evaluator.quantizer.quantize: quantized.append(bits) or original(bits)
-    best = run(cut, env=env)
+    best = search_toy(cut, env=env)
     assert outcome(cut) == outcome(whole)
     assert (best.episode, best.reward) == (expected.episode, expected.reward)
-    assert len(quantized) <= 4 + CANDIDATES  # the other maps of the search were recalled
+    assert len(quantized) <= 2 + CANDIDATES  # the other maps of the search were recalled
 
 
 def test_more_episodes_extend_a_search(tmp_path):
-    run(tmp_path / "a", episodes=WARM_UP_EPISODES + 2)
-    run(tmp_path / "a")
-    run(tmp_path / "b")
+    search_toy(tmp_path / "a", episodes=WARM_UP_EPISODES + 1)
+    search_toy(tmp_path / "a")
+    search_toy(tmp_path / "b")
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
     with pytest.raises(ArqError, match=f"already has {EPISODES} episodes"):
-        run(tmp_path / "a", episodes=3)
+        search_toy(tmp_path / "a", episodes=3)
 
 
 def test_two_processes_never_write_one_trace(tmp_path):
-    run(tmp_path, episodes=2)
+    search_toy(tmp_path, episodes=2)
     with open(tmp_path / "trace.jsonl", "a") as file:
         file.write('{"episode": 3')  # which the other process is about to finish
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with open(tmp_path / "config.json") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ArqError, match="another process"):
-            run(tmp_path, episodes=3)
+            search_toy(tmp_path, episodes=3)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    run(tmp_path, episodes=3)
+    search_toy(tmp_path, episodes=3)
 
 
 def test_a_finished_search_is_left_as_it_is(tmp_path):
     """Also a map that was edited by hand afterwards."""
-    best = run(tmp_path, episodes=3)
+    best = search_toy(tmp_path, episodes=3)
     edited = (tmp_path / "bit_widths.json").read_text().replace('"weight_bits": 2', '"weight_bits": 3')
     (tmp_path / "bit_widths.json").write_text(edited)
     env = make_toy_env()
     env.evaluator.evaluate = lambda bit_widths: pytest.fail("evaluated again")
-    assert run(tmp_path, episodes=3, env=env) == best
+    assert search_toy(tmp_path, episodes=3, env=env) == best
     assert (tmp_path / "bit_widths.json").read_text() == edited
     (tmp_path / "bit_widths.json").unlink()  # killed before the end
-    assert run(tmp_path, episodes=3).same_outcome(best) and (tmp_path / "bit_widths.json").exists()
+    assert search_toy(tmp_path, episodes=3).same_outcome(best) and (tmp_path / "bit_widths.json").exists()
 
 
 def test_another_search_is_never_overwritten(tmp_path):
-    run(tmp_path, episodes=2)
+    search_toy(tmp_path, episodes=2)
     before = (tmp_path / "trace.jsonl").read_bytes()
     for change, name in [
         ({"seed": 1}, "seed"),
@@ -150,29 +142,29 @@ def test_another_search_is_never_overwritten(tmp_path):
         ({"env": make_toy_env(budget=0.04)}, "budget"),
     ]:
         with pytest.raises(ArqError, match=name):
-            run(tmp_path, **{"episodes": 2} | change)
+            search_toy(tmp_path, **{"episodes": 2} | change)
     assert (tmp_path / "trace.jsonl").read_bytes() == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(ArqError, match="not empty"):
-        run(tmp_path / "other")
+        search_toy(tmp_path / "other")
 
 
 def test_a_damaged_trace_is_an_error(tmp_path):
-    run(tmp_path, episodes=2)
+    search_toy(tmp_path, episodes=2)
     (tmp_path / "trace.jsonl").write_text("nonsense\n")
     with pytest.raises(ArqError, match="line 1"):
-        run(tmp_path, episodes=2)
+        search_toy(tmp_path, episodes=2)
 
 
 @pytest.mark.parametrize("key, value", [("reward", 0.125), ("reference_acr", 0.125), ("episode", 7)])
 def test_a_trace_that_does_not_replay_is_an_error(tmp_path, key, value):
-    run(tmp_path, episodes=2)
+    search_toy(tmp_path, episodes=2)
     path = tmp_path / "trace.jsonl"
     first, second = path.read_text().splitlines()
     path.write_text(json.dumps(json.loads(first) | {key: value}) + "\n" + second + "\n")
     with pytest.raises(ArqError, match="did not come out"):
-        run(tmp_path, episodes=3)
+        search_toy(tmp_path, episodes=3)
 
 
 def test_warm_up_is_uniform_and_noise_follows(tmp_path):
@@ -180,16 +172,16 @@ def test_warm_up_is_uniform_and_noise_follows(tmp_path):
     env, actions = make_toy_env(), []
     step = env.step
     env.step = lambda action: actions.append(action) or step(action)
-    run(tmp_path, env=env)
+    search_toy(tmp_path, env=env)
     warm_up = np.array(actions[: 2 * WARM_UP_EPISODES - 1])
     assert (np.abs(warm_up) > 0.99).mean() < 0.06 and 0.4 < warm_up.std() < 0.75
 
 
 def test_zero_episodes(tmp_path):
     with pytest.raises(ArqError, match="at least 1"):
-        run(tmp_path, episodes=0)
+        search_toy(tmp_path, episodes=0)
     with pytest.raises(ArqError, match="td3"):
-        run(tmp_path / "x", algorithm="ppo")
+        search_toy(tmp_path / "x", algorithm="ppo")
 
 
 def test_noise_decays_after_the_warm_up():

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from agents.search import search
+from agents.trace import Episode, read_trace
 from arq_env.datasets import Dataset, Split
 from arq_env.env import ArqEnv
 from arq_env.evaluation import CertifierSettings
@@ -75,3 +77,13 @@ def make_toy_env(budget: float = 0.03, end_bits: int = 8, render_mode=None, **se
     """The entry point of ``ARQ-Toy-v0``."""
     settings = CertifierSettings(**{"images": 32, "n0": 4, "n": 16} | settings)
     return ArqEnv(toy_problem(), budget=budget, end_bits=end_bits, settings=settings, render_mode=render_mode)
+
+
+def search_toy(folder, algorithm="td3", episodes=22, env=None, **changes) -> Episode:
+    """A whole search on the toy problem: two episodes more than an agent plays at random."""
+    return search(algorithm, env or make_toy_env(), episodes=episodes, folder=folder, progress=False, **changes)
+
+
+def outcome(folder) -> list[tuple]:
+    """What a search found, without the times it took."""
+    return [(e.episode, e.reward, e.bit_widths, e.evaluations) for e in read_trace(folder / "trace.jsonl")]

@@ -1,12 +1,11 @@
 """The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file agents.zoo.td3``."""
 
 from agents.algorithms import DecayingNoise, hyperparameters
+from agents.main import EPISODES
 from arq_env.registration import ENVIRONMENTS
 
 #: Steps of an episode of ResNet-20.
 HORIZON = 18
-#: Episodes that a search is given by default.
-EPISODES = 150
 
 
 def configuration(algorithm: str) -> dict:

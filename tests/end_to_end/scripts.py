@@ -1,0 +1,41 @@
+"""Running the scripts as a user does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name, *arguments, **environment):
+    """Run a script of experiments/ to its end."""
+    command = [sys.executable, f"experiments/{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+
+
+def kill(name, *arguments, when):
+    """Start a script and end it with SIGKILL as soon as ``when()`` is true."""
+    command = [sys.executable, f"experiments/{name}.py", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not when():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def lines(path):
+    """The lines of a file that may not be there yet."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def assert_one_line_error(done, *parts):
+    """Exit code 2, and a single line that says what to do."""
+    assert done.returncode == 2, done
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: "), done.stderr
+    for part in parts:
+        assert part in said[0]

@@ -1,0 +1,102 @@
+"""The searching scripts as a user runs them."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.end_to_end.scripts import ROOT, assert_one_line_error, kill, lines, script
+
+SHORT = ["--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "10", "--test-n", "50"]
+
+
+@pytest.mark.slow
+def test_main_job_killed_and_resumed(tmp_path):
+    """Kill a search with SIGKILL, run it again, and compare with one that was left alone."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = script("train_td3", *SHORT, "--output", whole)
+    assert done.returncode == 0, done.stderr
+    for text in ("stage3.2.conv2", "share of BOPs", "FP32", "W4A4", "found", "paired"):
+        assert text in done.stdout
+    assert {path.name for path in whole.iterdir()} >= {
+        "bit_widths.json",
+        "agent.zip",
+        "trace.jsonl",
+        "tensorboard",
+        "config.json",
+        "certificates.json",
+    }
+    document = json.loads((whole / "certificates.json").read_text())
+    assert document["networks"]["found"]["bops_fraction"] <= 1 / 64 < document["networks"]["W4A4"]["bops_fraction"]
+
+    kill("train_td3", *SHORT, "--output", cut, when=lambda: len(lines(cut / "trace.jsonl")) >= 5)
+    assert script("train_td3", *SHORT, "--output", cut).returncode == 0
+    rewards = [[json.loads(line)["reward"] for line in lines(run / "trace.jsonl")] for run in (whole, cut)]
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 22
+
+    # the found map goes through the certifying script, and so does one edited by hand
+    document = json.loads((whole / "bit_widths.json").read_text())
+    document["layers"][5]["weight_bits"] = 8
+    (tmp_path / "edited.json").write_text(json.dumps(document))
+    output = tmp_path / "result.json"
+    done = script("certify_map", tmp_path / "edited.json", "--every", "200", "--n", "30", "--n0", "10", "--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["maps"]["found"][document["layers"][5]["name"]][0] == 8 and result["images"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ddpg", "sac"])
+def test_other_agents_run(tmp_path, algorithm):
+    done = script(f"train_{algorithm}", *SHORT[:2], "--episodes", "3", "--test-images", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "trace.jsonl")) == 3
+
+
+def test_comparing_mistakes(called, tmp_path):
+    assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
+    assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+    assert_one_line_error(called("train_any_budget", "--low", "0.03", "--high", "0.02", "--output", tmp_path / "x"), "low first")
+    assert_one_line_error(called("train_any_budget", "--budgets", "0.2", "--output", tmp_path / "x"), "0.2 is not")
+
+
+@pytest.mark.slow
+def test_searches_are_compared_and_resumed(tmp_path):
+    """Two searches in two processes; the same command again evaluates nothing and says the same."""
+    command = shlex.split("compare --env ARQ-ResNet20-Signs-v0 --training gaussian --methods uniform random --seeds 2")
+    command += ["--episodes", "2", "--processes", "2", "--output", tmp_path]
+    done = script(*command)
+    assert done.returncode == 0, done.stderr
+    assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
+    document = json.loads((tmp_path / "comparison-budget0.007.json").read_text())
+    assert document["methods"]["random"]["proposed_maps"] == [2, 2]
+    mean, runs = document["methods"]["random"]["mean"], document["methods"]["random"]["best_reward"]
+    assert mean[-1] == pytest.approx(np.mean(runs)) and mean == sorted(mean)
+    assert (tmp_path / "comparison-budget0.007.png").exists()
+    assert {path.name for path in (tmp_path / "budget0.007").iterdir()} == {"uniform-seed0", "random-seed0", "random-seed1"}
+    assert script(*command).stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_one_agent_exports_a_map_for_each_budget(tmp_path):
+    command = shlex.split("train_any_budget --env ARQ-ResNet20-Signs-v0 --training gaussian --episodes 2 --low 0.01 --high 0.015")
+    done = script(*command, "--budgets", "0.01", "0.015", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    assert [row["budget"] for row in rows] == [0.01, 0.015] and all(row["bops_fraction"] <= row["budget"] for row in rows)
+    one = json.loads((tmp_path / "maps" / "0.015" / "bit_widths.json").read_text())
+    assert one["budget"] == 0.015 and one["bops_fraction"] == rows[1]["bops_fraction"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ddpg", "td3", "sac"])
+def test_rl_zoo3_trains_with_our_hyperparameters(tmp_path, algorithm):
+    command = shlex.split(f"-m rl_zoo3.train --algo {algorithm} --env ARQ-ResNet20-Signs-v0 --gym-packages arq_env")
+    command += ["--conf-file", f"agents.zoo.{algorithm}", "-n", "36", "--eval-freq", "-1", "--log-folder", tmp_path]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monitor = lines(tmp_path / algorithm / "ARQ-ResNet20-Signs-v0_1" / "0.monitor.csv")
+    assert len(monitor) == 2 + 2 and all(line.split(",")[1] == "18" for line in monitor[2:])
