@@ -155,5 +155,5 @@ BASELINES = {
     "parzen": parzen,
 }
 WITH_OPTUNA = ("evolution", "parzen")
-#: Those that start from measured sensitivities, which cost what :func:`arq_env.sensitivity.cost_in_evaluations` says.
+#: Those that start from measured sensitivities, which take :func:`arq_env.sensitivity.forward_passes`.
 WITH_SENSITIVITIES = ("greedy", "integer_program")

@@ -12,7 +12,7 @@ from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
-from arq_env.sensitivity import Sensitivities, measure_sensitivities
+from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 
 #: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
 NOISE_LOSS = 0.5
@@ -89,9 +89,14 @@ class Evaluator:
         return Quantizer(problem.network, problem.layers, problem.calibration_images(self.settings.seed))
 
     @cached_property
+    def divergence(self) -> Divergence:
+        """How far a map's predictions are from FP32's, a function."""
+        return Divergence(self.problem, self.quantizer, self.settings.seed)
+
+    @cached_property
     def sensitivities(self) -> Sensitivities:
         """What few bits cost in each place, measured at first use in about the time of 30 evaluations."""
-        return measure_sensitivities(self.problem, self.quantizer, self.settings.seed)
+        return measure_sensitivities(self.divergence)
 
     @cached_property
     def reference(self) -> Evaluation:

@@ -1,4 +1,4 @@
-"""How much a network minds few bits in one place: the input of searches that add up single effects."""
+"""How far few bits drive a network's predictions from FP32's: of a whole map, and of one place, for searches that add these up."""
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +17,41 @@ IMAGES = 512
 Sensitivities = dict[tuple[str, str], list[float]]
 
 
-def measure_sensitivities(problem: Problem, quantizer: Quantizer, seed: int = 0) -> Sensitivities:
-    """Mean KL divergence of the FP32 network's predictions from those with few bits in one place and 8 elsewhere.
+class Divergence:
+    """Mean KL divergence, in nats, of the FP32 network's predictions from a quantized network's, under noise.
 
-    A place is the weights of a free layer, or the activations it reads (once where layers share them). Measured on noisy
-    training images with BatchNorm estimated anew, as in the reward's evaluation, less the divergence at 8 bits
-    everywhere. The distance is that of CLADO and of HAWQ's successors that use no Hessian; the layers are taken to add up.
+    Measured on noisy training images with BatchNorm estimated anew, as in the reward's evaluation. One forward pass for each of
+    few images ranks maps, since it weighs every change of a prediction where a certificate only counts changed labels.
 
     :param quantizer: of the problem's network, calibrated
     :param seed: of images and noise
+    """
+
+    def __init__(self, problem: Problem, quantizer: Quantizer, seed: int = 0):
+        self.quantizer, self.layers = quantizer, problem.layers
+        self._images = problem.calibration_images(seed + 1)[:IMAGES]
+        self._target = _log_probabilities(problem.network, self._images)
+
+    def __call__(self, bit_widths: BitWidthMap) -> float:
+        """The divergence of a whole map."""
+        got = _log_probabilities(self.quantizer.quantize(bit_widths), self._images)
+        return F.kl_div(got, self._target, reduction="batchmean", log_target=True).item()
+
+
+def measure_sensitivities(divergence: Divergence) -> Sensitivities:
+    """The divergence of few bits in one place and 8 elsewhere, less that of 8 bits everywhere.
+
+    A place is the weights of a free layer, or the activations it reads (once where layers share them). The distance is that of
+    CLADO and of HAWQ's successors that use no Hessian; the layers are taken to add up.
+
     :return: place to [7] divergences in nats, for 2 to 8 bits, not negative and not rising
     """
-    images = problem.calibration_images(seed + 1)[:IMAGES]
-    target = _log_probabilities(problem.network, images)
-
-    def divergence(chosen: BitWidthMap) -> float:
-        bit_widths = complete(chosen, problem.layers, MAX_BITS)
-        got = _log_probabilities(quantizer.quantize(bit_widths), images)
-        return F.kl_div(got, target, reduction="batchmean", log_target=True).item()
-
-    untouched = Bits(MAX_BITS, MAX_BITS)
-    least = divergence({})
+    layers, untouched = divergence.layers, Bits(MAX_BITS, MAX_BITS)
+    least = divergence(complete({}, layers, MAX_BITS))
     table = {}
-    for layer, kind in places(problem.layers):
-        measured = [max(divergence({layer: untouched._replace(**{kind: b})}) - least, 0.0) for b in MEASURED]
+    for layer, kind in places(layers):
+        chosen = ({layer: untouched._replace(**{kind: b})} for b in MEASURED)
+        measured = [max(divergence(complete(one, layers, MAX_BITS)) - least, 0.0) for one in chosen]
         rest = [measured[-1] / 4 ** (b - MEASURED[-1]) for b in range(MEASURED[-1] + 1, MAX_BITS)]
         falling = [*measured, *rest, 0.0]
         table[layer, kind] = [max(falling[i:]) for i in range(len(falling))]  # noise must not make a bit worth less than none

@@ -12,7 +12,7 @@ from pathlib import Path
 from arq_env import ArqError, command_line
 from arq_env.certification import Certificates
 from arq_env.comparison import paired_difference, paired_ratio
-from arq_env.files import write_json
+from arq_env.files import atomic_file, write_json
 from arq_env.provenance import provenance
 from arq_env.report import finals_table
 
@@ -24,7 +24,9 @@ def parse():
         "--references", type=Path, default=Path("experiments/results/references"), help="folder of certify_checkpoints.py"
     )
     parser.add_argument("--n", type=command_line.whole(1), default=1_000, help="noise samples of the certificates to compare")
-    parser.add_argument("--output", type=Path, default=Path("runs/finals.json"), help="JSON file for the figures")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/finals.json"), help="JSON file for the figures; the table goes beside it, as .md"
+    )
     return parser.parse_args()
 
 
@@ -51,7 +53,10 @@ def main():
         if recipe_of(a) == recipe_of(b)
     ]
     write_json(options.output, {"rows": rows, "pairs": pairs, "provenance": provenance()})
-    print(finals_table(rows))
+    table = finals_table(rows)
+    with atomic_file(options.output.with_suffix(".md")) as file:
+        file.write(f"{table}\n".encode())
+    print(table)
 
 
 def recipe_of(final: dict) -> str:

@@ -1,8 +1,8 @@
 """Does the in-loop evaluation rank maps as they rank once they are finished? Spearman's correlation over random maps.
 
-Every map is scored as in a search, without fine-tuning, then fine-tuned and certified on reward images that the in-loop
-evaluation does not see. Stop it at any time: every map that is done is in the JSON lines beside the result, and the same
-command goes on there.
+Every map is scored as in a search, without fine-tuning, and by how far its predictions are from FP32's, then fine-tuned and
+certified on reward images that the in-loop evaluation does not see. Stop it at any time: every map that is done is in the JSON
+lines beside the result, and the same command goes on there.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ class Worker:
             "128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32)),
         }
         self.evaluators["128 x 32"].quantizer = self.env.evaluator.quantizer  # the same calibration
+        _ = self.env.evaluator.divergence  # FP32's predictions, before a clock starts
 
     def map(self, index: int) -> dict:
         """The map of an episode of random actions under the budget whose turn it is, and its scores."""
@@ -73,6 +74,11 @@ class Worker:
             _, _, done, _, info = self.env.step(self.env.action_space.sample())
         bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
         in_loop = {name: evaluator.evaluate(bit_widths) for name, evaluator in self.evaluators.items()}
+        scores = {name: evaluation.acr for name, evaluation in in_loop.items()}
+        seconds = {name: evaluation.seconds for name, evaluation in in_loop.items()}
+        start = time.perf_counter()
+        scores["divergence"] = -self.env.evaluator.divergence(bit_widths)
+        seconds["divergence"] = time.perf_counter() - start
         network, start = quantizer.learnable(bit_widths), time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             train(network, problem.dataset, recipe_of(options, problem), Path(folder), teacher=problem.network)
@@ -83,8 +89,8 @@ class Worker:
             "budget": budget,
             "bops_fraction": info["bops_fraction"],
             "bit_widths": info["bit_widths"],
-            "in_loop": {name: evaluation.acr for name, evaluation in in_loop.items()},
-            "in_loop_seconds": {name: evaluation.seconds for name, evaluation in in_loop.items()},
+            "in_loop": scores,
+            "in_loop_seconds": seconds,
             "training_seconds": trained,
             "after": float(after.mean()),
             "radii_after": [round(float(radius), 4) for radius in after],

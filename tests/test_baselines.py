@@ -11,7 +11,7 @@ from agents.baselines import BASELINES, greedy, integer_program, least_sensitive
 from agents.haq import EpisodeRewardBuffer, HaqEnv, absolute_bits, cut_to_budget
 from agents.trace import read_trace
 from arq_env import ArqError
-from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers
+from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers, uniform
 from arq_env.budget import BopsBudget
 from arq_env.layers import Layer
 from arq_env.sensitivity import places
@@ -124,6 +124,13 @@ def test_decode_is_what_steps_do():
         env.decode(actions[:1])
     with pytest.raises(ArqError, match="finite"):
         env.decode(np.full((env.horizon, 2), np.nan))
+
+
+def test_coarse_bits_drive_predictions_away():
+    env = make_toy_env()
+    far = [env.evaluator.divergence(uniform(env.layers, bits, bits)) for bits in (2, 3, 8)]
+    assert far[0] == max(far) and 0 <= far[2] < 0.2 * far[0]  # what BatchNorm's new estimates change is left at 8 bits
+    assert make_toy_env().evaluator.divergence(uniform(env.layers, 2, 2)) == far[0]
 
 
 def test_sensitivities_are_measured_once_and_fall():

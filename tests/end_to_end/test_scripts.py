@@ -127,6 +127,7 @@ def test_finals_are_compared(called, tmp_path):
     assert list(rows) == ["FP32 as shipped", "FP32", "made up", "longer"]
     for text in ("FP32 as shipped", "made up", "1.000%", "77,777", "0.900 +- 0.000", "0.750 +- 0.000"):
         assert text in done.stdout
+    assert (tmp_path / "finals.md").read_text() == done.stdout
     tmp_path = folders["made up"]
     (tmp_path / "summary-n1000.json").write_text(json.dumps(final | {"checkpoint": "0" * 64}))
     assert_one_line_error(called("compare_finals", tmp_path, "--output", tmp_path / "finals.json"), "other weights")
