@@ -49,9 +49,9 @@ def test_main_job_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["ddpg", "sac"])
-def test_other_agents_run(tmp_path, algorithm):
-    done = script(f"train_{algorithm}", *SHORT[:2], "--episodes", "3", "--test-images", "0", "--output", tmp_path)
+@pytest.mark.parametrize("name", ["train_ddpg", "train_sac", "solve_integer_program"])
+def test_other_searches_run(tmp_path, name):
+    done = script(name, *SHORT[:2], "--episodes", "3", "--test-images", "0", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(lines(tmp_path / "trace.jsonl")) == 3
 
