@@ -36,7 +36,7 @@ def main():
     alike = {recipe_of(final): certificates for final, certificates in finals if final["map"] == "FP32"}
     rows = []
     for folder, (final, certificates) in zip(options.finals, finals, strict=True):
-        name = f"{final['network']}-{final['dataset']}-sigma{final['sigma']:g}-{final['training']}"
+        name = name_of(final)
         reference, shipped = read(options.references, f"{name}-n{options.n}", f"{name}-n{options.n}")
         if (reference["digest"], reference["settings"]) != (final["checkpoint"], final["settings"]):
             raise ArqError(f"{folder} was made from other weights than {name}, or certified otherwise: make them alike")
@@ -48,7 +48,7 @@ def main():
         rows.append(final | {"checkpoint": name, "against_fp32": against})
     rows.sort(key=lambda row: (row["checkpoint"], -row["bops_fraction"], row["map"] != "FP32 as shipped"))
     pairs = [
-        {"checkpoint": a["checkpoint"], "maps": [a["map"], b["map"]], **compare(of_a, of_b)}
+        {"checkpoint": name_of(a), "maps": [a["map"], b["map"]], **compare(of_a, of_b)}
         for (a, of_a), (b, of_b) in combinations(finals, 2)
         if recipe_of(a) == recipe_of(b)
     ]
@@ -57,6 +57,11 @@ def main():
     with atomic_file(options.output.with_suffix(".md")) as file:
         file.write(f"{table}\n".encode())
     print(table)
+
+
+def name_of(final: dict) -> str:
+    """The name of the checkpoint that a network was finished from."""
+    return f"{final['network']}-{final['dataset']}-sigma{final['sigma']:g}-{final['training']}"
 
 
 def recipe_of(final: dict) -> str:
