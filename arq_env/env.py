@@ -59,14 +59,14 @@ class ArqEnv(gymnasium.Env):
     0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
     certifier and the same noise as the reference: 0 is "as good as FP32", 2 bits everywhere is clearly negative.
 
-    `reward_method` chooses how the ACR is bounded. Keep `"cohen"` for a search: all maps see the same noise, so their differences
-    are paired, and a few samples of many images rank them best. `"randomized"` is for few samples too: it spends alpha to
-    the last, where Clopper-Pearson on 8 samples wastes most of it, but its uniform draws weigh the images unequally.
-    `"sequential"` is for large n (1,000 and more), where it draws a fraction of the samples for nearly the same ACR.
-    `"incremental"` is the reward of the published ARQ, for comparison with it: it charges every disagreement with FP32, also
-    harmless ones, so it punishes maps whose robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8 to
-    4 bits, where 3% to 10% of the predictions change (`experiments/benchmark_methods.py`), `"paired"` is ahead of `"cohen"` up to
-    800 to 350 samples an image and behind above, `"incremental"` about half as far.
+    `reward_method` chooses how the ACR is bounded. Keep `"cohen"` for a search: all maps see the same noise, so their
+    differences are paired. `"randomized"` is for few samples too: it spends alpha to the last, where Clopper-Pearson on 8
+    samples wastes most of it, but its uniform draws weigh the images unequally. `"sequential"` is for large n (1,000 and
+    more), where it draws a fraction of the samples for nearly the same ACR. `"incremental"` is the reward of the published
+    ARQ, for comparison with it: it charges every disagreement with FP32, also harmless ones, so it punishes maps whose
+    robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8 to 4 bits, where 3% to 10% of the
+    predictions change (`experiments/benchmark_methods.py`), `"paired"` is ahead of `"cohen"` up to 800 to 350 samples an
+    image and behind above, `"incremental"` about half as far.
 
     ## Starting State
     The first layer that is not fixed, nothing spent. `reset(options={"budget": f})` sets the budget for one episode.

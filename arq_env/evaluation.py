@@ -24,8 +24,9 @@ CACHE_FACTOR = 16
 class CertifierSettings:
     """How the reward is measured: by default Cohen's certifier on few noise samples for each of many images.
 
-    For as many forward passes, many images with few samples rank maps better than few images with many, and a ranking
-    needs no small alpha. These radii are for comparing maps; figures to quote are certified with more samples.
+    For as many forward passes, many images with few samples rank maps about as well as few images with many
+    (`experiments/rank_maps.py`), and a ranking needs no small alpha. These radii are for comparing maps; figures to quote
+    are certified with more samples.
 
     :param images: number of images of the reward split
     :param first: index of the first of them
