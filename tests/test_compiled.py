@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from arq_env.certification import CompiledNetwork, certify
-from tests.test_certify import table
-
-SETTINGS = {"sigma": 0.5, "n0": 30, "n": 400, "alpha": 0.01}
+from tests.test_certification_methods import SETTINGS, columns
 
 
 @pytest.mark.slow
@@ -30,7 +28,7 @@ def test_compiled_network_says_the_same():
     np.testing.assert_allclose(got.radius, certify(network, images, np.zeros(37), **SETTINGS).radius, atol=0.02)
     with multiprocessing.get_context("spawn").Pool(1) as processes:
         sent = certify(compiled, images, np.zeros(37), map=processes.imap, **SETTINGS)
-    assert table(sent) == table(got)
+    assert columns(sent) == columns(got)
     with torch.inference_mode():
         expected = network(batch[:8])
         network[0].weight.zero_()  # it was compiled in as a constant

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from agents.algorithms import WARM_UP_EPISODES
 from agents.search import search
 from agents.trace import Episode, read_trace
 from arq_env.datasets import Dataset, Split
@@ -15,6 +16,8 @@ from arq_env.networks.training import Recipe, train
 from arq_env.problem import Problem
 
 SHAPE = (3, 8, 8)
+#: Of a search by default: some more than an agent plays at random.
+EPISODES = WARM_UP_EPISODES + 6
 
 
 class ToyNet(nn.Module):
@@ -79,8 +82,8 @@ def make_toy_env(budget: float = 0.03, end_bits: int = 8, render_mode=None, **se
     return ArqEnv(toy_problem(), budget=budget, end_bits=end_bits, settings=settings, render_mode=render_mode)
 
 
-def search_toy(folder, algorithm="td3", episodes=22, env=None, **changes) -> Episode:
-    """A whole search on the toy problem: two episodes more than an agent plays at random."""
+def search_toy(folder, algorithm="td3", episodes=EPISODES, env=None, **changes) -> Episode:
+    """A whole search on the toy problem."""
     return search(algorithm, env or make_toy_env(), episodes=episodes, folder=folder, progress=False, **changes)
 
 
