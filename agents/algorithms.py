@@ -14,6 +14,8 @@ ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
 #: All that learn: stable-baselines3's, and the published search as reconstructed in :mod:`agents.haq`.
 AGENTS = (*ALGORITHMS, "arq")
 
+#: Episodes of a search by default.
+EPISODES = 150
 #: Episodes of uniformly random actions before the first gradient step.
 WARM_UP_EPISODES = 20
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import gymnasium
 from tqdm import tqdm
 
-from agents.algorithms import ALGORITHMS
+from agents.algorithms import ALGORITHMS, EPISODES
 from agents.search import search
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import uniform
@@ -17,8 +17,8 @@ from arq_env.report import comparison_table, layer_table
 
 #: The uniform network that every found map is compared with.
 UNIFORM_BITS = 4
-#: Episodes of a search by default: on CIFAR-10, and for a first result within minutes on the embedded data.
-EPISODES, SIGNS_EPISODES = 150, 60
+#: Episodes of a search by default on the embedded data: a first result within minutes.
+SIGNS_EPISODES = 60
 
 
 def main(algorithm: str) -> None:

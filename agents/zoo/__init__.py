@@ -1,7 +1,6 @@
 """The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file agents.zoo.td3``."""
 
-from agents.algorithms import DecayingNoise, hyperparameters
-from agents.main import EPISODES
+from agents.algorithms import EPISODES, DecayingNoise, hyperparameters
 from arq_env.registration import ENVIRONMENTS
 
 #: Steps of an episode of ResNet-20.
