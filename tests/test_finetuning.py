@@ -14,7 +14,7 @@ from arq_env.problem import load_problem
 from arq_env.quantization import load_quantized, model_bytes, save_quantized
 from tests.toy import toy_problem
 
-RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, optimizer="sgd", peak_rate=0.02)
+RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, optimizer="adamw", peak_rate=0.005)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def coarse(evaluator):
 def test_finetuning_wins_back_acr(evaluator, coarse, tmp_path):
     before = held_out_acr(evaluator, evaluator.quantizer.quantize(coarse))
     records = []
-    network, card = finetune(evaluator, coarse, RECIPE, tmp_path, on_epoch=records.append)
+    network, card = finetune(evaluator, coarse, replace(RECIPE, epochs=8), tmp_path, on_epoch=records.append)
     assert card["held_out_acr"] == max(record["held_out_acr"] for record in records) > before
     assert held_out_acr(evaluator, network) == card["held_out_acr"]
     assert [layer["weight_bits"] for layer in card["layers"]] == [2, 2, 2, 2] and not network.training

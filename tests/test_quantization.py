@@ -118,8 +118,8 @@ def test_learnable_network_computes_what_the_quantized_one_does(quantizer, probl
     with torch.no_grad():  # as if it had been trained
         for module in (learnable.first, learnable.middle, learnable.deep, learnable.last):
             module.weight += 0.02 * torch.randn_like(module.weight)
-            module.weight_step *= 1.1
-            module.activation_step *= 0.9
+            module.weight_log_step += 0.1
+            module.activation_log_step -= 0.1
         reestimate_batch_norm(learnable, quantizer.images)
     frozen = quantizer.freeze(learnable)
     assert isinstance(frozen.middle, QuantizedConv2d) and (frozen.middle.weight_bits, frozen.middle.activation_bits) == (3, 4)
@@ -155,9 +155,16 @@ def test_gradients_are_those_of_lsq():
     assert x.grad.tolist() == [1, 0, 0]
 
 
-def test_a_step_below_zero_stays_usable():
-    step = torch.tensor(-0.1, requires_grad=True)
-    assert learned_rounding(torch.ones(3), step, 0, 3, elements=3).isfinite().all()
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_step_moves_in_proportion_to_its_size(quantizer, problem, bits):
+    """Adam moves every parameter by the learning rate: of itself, that would be half of an 8-bit step."""
+    learnable = quantizer.learnable(uniform(problem.layers, bits, bits))
+    before = learnable.middle.weight_step.detach(), learnable.middle.activation_step.detach()
+    optimizer = torch.optim.Adam(learnable.parameters(), 1e-3)
+    learnable(problem.calibration_images()[:64]).square().sum().backward()
+    optimizer.step()
+    for old, new in zip(before, (learnable.middle.weight_step, learnable.middle.activation_step), strict=True):
+        torch.testing.assert_close((new / old).log().abs(), torch.full_like(old, 1e-3), rtol=0.01, atol=0)
 
 
 def test_tied_layers_share_one_step():
@@ -166,7 +173,7 @@ def test_tied_layers_share_one_step():
     quantizer = Quantizer(network, layers, torch.rand(64, 3, 8, 8))
     quantized, learnable = quantizer.quantize(uniform(layers, 4, 4)), quantizer.learnable(uniform(layers, 4, 4))
     assert quantized.conv1.activation_step == quantized.shortcut1.activation_step != quantized.conv2.activation_step
-    assert learnable.conv1.activation_step is learnable.shortcut1.activation_step
+    assert learnable.conv1.activation_log_step is learnable.shortcut1.activation_log_step
     assert quantizer.freeze(learnable).conv2.activation_step == learnable.shortcut2.activation_step
 
 

@@ -19,6 +19,9 @@ from arq_env.datasets.augment import random_crop, to_float
 from arq_env.errors import ArqError
 from arq_env.files import atomic_file
 
+#: Learning rate of the logarithms of step sizes over that of weights.
+STEP_RATE = 5.0
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -114,7 +117,10 @@ def train(
     network.to(device, memory_format=torch.channels_last)
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
     others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
-    groups = [{"params": others}, {"params": step_sizes, "weight_decay": 0.0}] if step_sizes else others
+    groups, rates = [{"params": others}], [recipe.peak_rate]
+    if step_sizes:
+        groups.append({"params": step_sizes, "weight_decay": 0.0})
+        rates.append(STEP_RATE * recipe.peak_rate)
     decay, momentum = recipe.weight_decay, recipe.momentum
     if recipe.optimizer == "adamw":  # a short memory for squares: quantized weights' gradients change as levels are crossed
         optimizer = torch.optim.AdamW(groups, recipe.peak_rate, (momentum, 0.99), weight_decay=decay)
@@ -124,7 +130,7 @@ def train(
     def new_cycle():
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            recipe.peak_rate,
+            rates,
             total_steps=recipe.epochs // recipe.cycles * steps,
             pct_start=0.2,
             cycle_momentum=False,

@@ -72,7 +72,7 @@ class Quantizer:
                 signed=self._signed[name],
             )
             if learnable and self._tied_to[name] != name:  # one step for the one tensor that both read
-                module.activation_step = quantized.get_submodule(self._tied_to[name]).activation_step
+                module.activation_log_step = quantized.get_submodule(self._tied_to[name]).activation_log_step
             replace_module(quantized, name, module)
         reestimate_batch_norm(quantized, self.images)
         return quantized

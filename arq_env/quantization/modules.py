@@ -67,15 +67,27 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 class LearnableLayer:
     """A layer whose weights and step sizes are learned (LSQ, Esser et al., ICLR 2020), to become a quantized one.
 
-    ``weight`` holds float weights, ``weight_step`` [out] and ``activation_step`` [] the steps; all are parameters.
+    ``weight`` holds float weights, ``weight_log_step`` [out] and ``activation_log_step`` [] the logarithms of the steps; all are
+    parameters. Logarithms, since Adam moves every parameter by about the learning rate whatever its size: an 8-bit step is a
+    hundredth of a 2-bit one, and has to be learned as finely for its size.
     """
 
     def set_bits(self, weight, weight_step, weight_bits: int, activation_step, activation_bits: int, *, signed: bool) -> None:
         """Start from these weights and steps; the arguments are those of a quantized layer."""
         self.weight = nn.Parameter(weight.detach().clone(memory_format=_layout(weight)))
-        self.weight_step = nn.Parameter(weight_step.detach().clone())
-        self.activation_step = nn.Parameter(activation_step.detach().clone())
+        self.weight_log_step = nn.Parameter(weight_step.detach().log())
+        self.activation_log_step = nn.Parameter(activation_step.detach().log())
         self.weight_bits, self.activation_bits, self.signed = weight_bits, activation_bits, signed
+
+    @property
+    def weight_step(self) -> torch.Tensor:
+        """Step sizes of the weights, [out]."""
+        return self.weight_log_step.exp()
+
+    @property
+    def activation_step(self) -> torch.Tensor:
+        """Step size of the input, []."""
+        return self.activation_log_step.exp()
 
     def _quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and weight, both rounded to their levels."""
@@ -90,9 +102,9 @@ class LearnableLayer:
         new.name = self.name
         new.set_bits(
             self.weight.detach(),
-            positive(self.weight_step.detach()),
+            self.weight_step.detach(),
             self.weight_bits,
-            positive(self.activation_step.detach()),
+            self.activation_step.detach(),
             self.activation_bits,
             signed=self.signed,
         )
@@ -125,11 +137,6 @@ class _Round(torch.autograd.Function):
         return gradient
 
 
-def positive(step: torch.Tensor) -> torch.Tensor:
-    """A step that learning has driven to zero or below stays usable."""
-    return step.clamp_min(1e-6)
-
-
 def learned_rounding(x: torch.Tensor, step: torch.Tensor, low: int, high: int, distance: int = 1, *, elements: int) -> torch.Tensor:
     """Round to multiples of ``step`` so that both ``x`` and ``step`` learn (LSQ, equations 1 to 3).
 
@@ -140,7 +147,6 @@ def learned_rounding(x: torch.Tensor, step: torch.Tensor, low: int, high: int, d
     tensor([-0.5000,  0.0000,  0.5000])
     """
     scale = 1 / math.sqrt(elements * high)
-    step = positive(step)
     step = (step - step * scale).detach() + step * scale
     return nearest_level((x / step).clamp(low, high), low, distance, _Round.apply) * step
 
