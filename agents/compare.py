@@ -11,7 +11,6 @@ from agents.haq import cached_samples
 from agents.run_folder import evaluation_identity
 from agents.search import search
 from agents.trace import Episode, read_trace
-from arq_env.certification.methods import SKIPPING
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256, write_json
 from arq_env.problem import CALIBRATION_IMAGES
@@ -58,12 +57,10 @@ def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
 def setup_cost(method: str, env) -> float:
     """What a search measures before its first map, in evaluations by forward passes."""
     evaluator = env.get_wrapper_attr("evaluator")
-    s = evaluator.settings
-    counted = s.images * (evaluator.reference.clean_accuracy if s.reward_method in SKIPPING else 1)
-    evaluation = CALIBRATION_IMAGES + s.images * s.n0 + counted * s.n
+    evaluation = CALIBRATION_IMAGES + evaluator.settings.forward_passes
     if method in WITH_SENSITIVITIES:
         return forward_passes(evaluator.problem) / evaluation
-    return cached_samples(s) / evaluation if method == "arq" else 0.0
+    return cached_samples(evaluator.settings) / evaluation if method == "arq" else 0.0
 
 
 def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -> np.ndarray:

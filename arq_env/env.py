@@ -28,8 +28,8 @@ class ArqEnv(gymnasium.Env):
     A network trained under Gaussian noise is quantized to mixed precision within a budget of bit operations (BOPs, the sum over
     layers of MACs x weight bits x activation bits). An episode walks the layers from input to output; the first and the
     last layer keep `end_bits` and are passed over. After the last step the network is quantized, BatchNorm's statistics are
-    estimated anew, and randomized smoothing certifies it on images held out for the reward. A reconstruction of the
-    decision process of ARQ (arXiv 2410.24214) and of HAQ (arXiv 1811.08886), which it builds on.
+    estimated anew, and its radii under randomized smoothing are measured on images held out for the reward. A reconstruction of
+    the decision process of ARQ (arXiv 2410.24214) and of HAQ (arXiv 1811.08886), which it builds on.
 
     ## Observation Space
     `Box(0, 1, (15,), float32)`: features of the layer whose bits are next, those of a fixed size scaled over the layers.
@@ -59,14 +59,14 @@ class ArqEnv(gymnasium.Env):
     0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
     certifier and the same noise as the reference: 0 is "as good as FP32", 2 bits everywhere is clearly negative.
 
-    `reward_method` chooses how the ACR is bounded. Keep `"cohen"` for a search: all maps see the same noise, so their
-    differences are paired. `"randomized"` is for few samples too: it spends alpha to the last, where Clopper-Pearson on 8
-    samples wastes most of it, but its uniform draws weigh the images unequally. `"sequential"` is for large n (1,000 and
-    more), where it draws a fraction of the samples for nearly the same ACR. `"incremental"` is the reward of the published
-    ARQ, for comparison with it: it charges every disagreement with FP32, also harmless ones, so it punishes maps whose
-    robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8 to 4 bits, where 3% to 10% of the
-    predictions change (`experiments/benchmark_methods.py`), `"paired"` is ahead of `"cohen"` up to 800 to 350 samples an
-    image and behind above, `"incremental"` about half as far.
+    `reward_method` chooses how the ACR is measured. `"soft"`, the default, is for a search: the radius of the soft smoothed
+    classifier, estimated from the mean softmax of few samples, hardly any of which are noise to a comparison of maps
+    (`experiments/rank_maps.py`). The others count labels and certify: `"cohen"`, and `"randomized"`, which spends alpha to the
+    last; `"sequential"` for large n (1,000 and more), where it draws a fraction of the samples for nearly the same ACR.
+    `"incremental"` is the reward of the published ARQ, for comparison with it: it charges every disagreement with FP32, also
+    harmless ones, so it punishes maps whose robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8
+    to 4 bits, where 3% to 10% of the predictions change (`experiments/benchmark_methods.py`), `"paired"` is ahead of `"cohen"`
+    up to 800 to 350 samples an image and behind above, `"incremental"` about half as far.
 
     ## Starting State
     The first layer that is not fixed, nothing spent. `reset(options={"budget": f})` sets the budget for one episode.

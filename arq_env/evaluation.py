@@ -5,8 +5,10 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from arq_env.bitwidths import BitWidthMap
-from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
+from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius
 from arq_env.certification.methods import SKIPPING
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
@@ -18,49 +20,55 @@ from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 NOISE_LOSS = 0.5
 #: Samples of the FP32 network for each one that an incremental reward replays: a one-off cost, which makes its bound tight.
 CACHE_FACTOR = 16
+#: How the ACR of a reward can be measured: estimated by :func:`arq_env.certification.soft_radius`, or certified.
+REWARD_METHODS = ("soft", *METHODS)
 
 
 @dataclass(frozen=True)
 class CertifierSettings:
-    """How the reward is measured: by default Cohen's certifier on few noise samples for each of many images.
+    """How the reward is measured: by default the soft smoothed classifier's radius, from few noise samples for each of many images.
 
-    For as many forward passes, many images with few samples rank maps about as well as few images with many
-    (`experiments/rank_maps.py`), and a ranking needs no small alpha. These radii are for comparing maps; figures to quote
-    are certified with more samples.
+    These radii are for comparing maps; figures to quote are certified with more samples.
 
     :param images: number of images of the reward split
     :param first: index of the first of them
-    :param n0: noise samples that select an image's class
-    :param n: fresh noise samples that count it
-    :param alpha: error probability of each radius
+    :param n: noise samples an image
+    :param n0: noise samples that select an image's class before; not for "soft"
+    :param alpha: error probability of each radius; not for "soft"
     :param seed: of noise and calibration; the same for all maps, so that they are compared on the same noise
-    :param reward_method: a method of :func:`arq_env.certification.certify`; "incremental" and "paired" bound the difference to
-        the FP32 network, which is run once on 16 n samples, and need n of 100 or more for radii worth comparing
+    :param reward_method: "soft" (:func:`arq_env.certification.soft_radius`) or a method of
+        :func:`arq_env.certification.certify`, which wants an n of at least 8; of these "incremental" and "paired" bound the
+        difference to the FP32 network, which is run once on 16 n samples, and need n of 100 or more for radii worth comparing
     """
 
     images: int = 512
     n0: int = 4
-    n: int = 8
+    n: int = 4
     alpha: float = 0.3
     seed: int = 0
     first: int = 0
-    reward_method: str = "cohen"
+    reward_method: str = "soft"
 
     def __post_init__(self):
-        if self.reward_method not in METHODS:
-            raise ArqError(f"there is no reward method {self.reward_method!r}: choose one of {', '.join(METHODS)}")
+        if self.reward_method not in REWARD_METHODS:
+            raise ArqError(f"there is no reward method {self.reward_method!r}: choose one of {', '.join(REWARD_METHODS)}")
         for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0), ("first", 0)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
         if not 0 < self.alpha < 1:
             raise ArqError(f"alpha is {self.alpha}: give the probability of failure, in (0, 1)")
 
+    @property
+    def forward_passes(self) -> int:
+        """Noisy images that an evaluation sends through the quantized network, at most."""
+        return self.images * (self.n if self.reward_method == "soft" else self.n0 + self.n)
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """What the reward certifier says of one network.
 
-    :param acr: average certified radius, in units of pixels in [0, 1]
+    :param acr: average certified radius (of "soft": as estimated), in units of pixels in [0, 1]
     :param clean_accuracy: of the smoothed classifier
     :param certified_accuracy: at radius sigma / 2
     :param seconds: it took
@@ -130,7 +138,7 @@ class Evaluator:
         self._known[tuple(bit_widths.items())] = evaluation
 
     def second_opinion(self) -> "Evaluator | None":
-        """An evaluator on twice as many other images of the reward split, with four times the noise samples.
+        """An evaluator on twice as many other images of the reward split, with twice the noise samples.
 
         The best of many maps is in part the luckiest on the images it was chosen by; on fresh images luck does not
         count. None when the reward split has no further images.
@@ -140,7 +148,7 @@ class Evaluator:
         left = len(self.problem.dataset.reward.images) - start
         if left < 1:
             return None
-        other = Evaluator(self.problem, replace(s, images=min(2 * s.images, left), n=4 * s.n, first=start))
+        other = Evaluator(self.problem, replace(s, images=min(2 * s.images, left), n=2 * s.n, first=start))
         other.quantizer = self.quantizer  # the same calibration
         return other
 
@@ -148,25 +156,15 @@ class Evaluator:
         images, labels = self._reward_images
         s, sigma, cache = self.settings, self.problem.sigma, self._cache
         start = time.perf_counter()
-        certificates = certify(
-            build(),
-            images,
-            labels,
-            sigma=sigma,
-            n0=s.n0,
-            n=s.n,
-            alpha=s.alpha,
-            seed=s.seed,
-            method=s.reward_method,
-            skip_wrong=s.reward_method in SKIPPING,  # what is wrong cannot count
-            cache=cache,
-        )
-        return Evaluation(
-            acr=certificates.acr,
-            clean_accuracy=certificates.clean_accuracy,
-            certified_accuracy=certificates.certified_accuracy(sigma / 2),
-            seconds=time.perf_counter() - start,
-        )
+        if s.reward_method == "soft":
+            radius = soft_radius(build(), images, labels, sigma=sigma, n=s.n, seed=s.seed)
+            acr, clean, certified = np.maximum(radius, 0).mean(), (radius > 0).mean(), (radius >= sigma / 2).mean()
+        else:
+            skip = s.reward_method in SKIPPING  # what is wrong cannot count
+            counts = {"n0": s.n0, "n": s.n, "alpha": s.alpha, "seed": s.seed}
+            table = certify(build(), images, labels, sigma=sigma, **counts, method=s.reward_method, skip_wrong=skip, cache=cache)
+            acr, clean, certified = table.acr, table.clean_accuracy, table.certified_accuracy(sigma / 2)
+        return Evaluation(float(acr), float(clean), float(certified), time.perf_counter() - start)
 
     @cached_property
     def _cache(self) -> PredictionCache | None:

@@ -6,9 +6,8 @@ import torch
 
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
-from arq_env.certification import METHODS
 from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
-from arq_env.evaluation import CertifierSettings, Evaluator, warn_if_noise_is_new
+from arq_env.evaluation import REWARD_METHODS, CertifierSettings, Evaluator, warn_if_noise_is_new
 from arq_env.report import comparison_table, layer_table
 from tests.toy import ToyNet, toy_dataset, toy_problem
 
@@ -120,7 +119,7 @@ def test_training_mode_is_an_error():
         toy_problem(network=ToyNet())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REWARD_METHODS)
 def test_every_method_can_be_the_reward(method):
     """FP32 is the reference under the same method: 8 bits are close to it, and a map is told from another."""
     evaluator = Evaluator(toy_problem(), CertifierSettings(images=32, n0=8, n=64, reward_method=method))
@@ -130,5 +129,5 @@ def test_every_method_can_be_the_reward(method):
 
 
 def test_an_unknown_reward_method_is_an_error():
-    with pytest.raises(ArqError, match="cohen, randomized"):
+    with pytest.raises(ArqError, match="soft, cohen"):
         CertifierSettings(reward_method="magic")

@@ -25,7 +25,7 @@ def test_run_folder(tmp_path, algorithm):
     }
     episodes = read_trace(tmp_path / "trace.jsonl")
     assert len(episodes) == EPISODES
-    assert best.reward >= sorted(e.reward for e in episodes)[-CANDIDATES]
+    assert best.reward >= sorted({e.reward for e in episodes})[-CANDIDATES:][0]
     bit_widths, document = load_map(tmp_path / "bit_widths.json", env.layers)
     assert bit_widths == best.bit_widths and document["metrics"]["reward"] == best.reward
     assert document["metrics"]["confirmed_acr"] > 0 and document["metrics"]["confirmed_images"] == 32
@@ -41,7 +41,7 @@ def test_the_exported_map_is_chosen_on_other_images(tmp_path):
     episodes = read_trace(tmp_path / "trace.jsonl")
     best, confirmed = confirm(episodes, env.evaluator, progress=False)
     judge = env.evaluator.second_opinion()
-    assert (judge.settings.first, judge.settings.images, judge.settings.n) == (32, 32, 64)
+    assert (judge.settings.first, judge.settings.images, judge.settings.n) == (32, 32, 32)
     top = {tuple(e.bit_widths.items()): e for e in sorted(episodes, key=lambda e: e.reward)}.values()
     assert confirmed["confirmed_acr"] == max(judge.evaluate(e.bit_widths).acr for e in list(top)[-CANDIDATES:])
     assert confirmed["confirmed_acr"] == judge.evaluate(best.bit_widths).acr

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from arq_env import ArqError
+from arq_env.certification import certify, soft_radius
+from tests.toy import toy_network, toy_problem
+
+SIGMA = 0.5
+
+
+class Hyperplane(nn.Module):
+    """Two classes on the two sides of a plane, the sharper the more certain."""
+
+    def __init__(self, sharpness: float):
+        super().__init__()
+        self.normal = nn.Parameter(torch.ones(3 * 8 * 8) / np.sqrt(3 * 8 * 8))
+        self.sharpness = sharpness
+
+    def forward(self, images):
+        distance = (images.flatten(1) - 0.5) @ self.normal
+        return self.sharpness * torch.stack([-distance, distance], 1)
+
+
+def test_the_soft_radius_of_a_sharp_classifier_is_the_distance_to_its_boundary():
+    images = torch.full((2, 3, 8, 8), 0.5) + torch.tensor([0.02, -0.03])[:, None, None, None]
+    distance = np.array([0.02, -0.03]) * np.sqrt(3 * 8 * 8)
+    got = soft_radius(Hyperplane(1e4), images, np.array([1, 1]), sigma=SIGMA, n=20_000)
+    np.testing.assert_allclose(got, distance, atol=0.02)
+
+
+def test_a_soft_classifier_has_the_radius_of_its_mean_probability():
+    """Whatever the noise, this network says 0.2, 0.5, 0.3."""
+
+    class Constant(Hyperplane):
+        def forward(self, images):
+            return torch.tensor([0.2, 0.5, 0.3]).log().expand(len(images), 3)
+
+    got = soft_radius(Constant(1), torch.rand(3, 3, 8, 8), np.array([0, 1, 2]), sigma=SIGMA, n=2)
+    quantiles = stats.norm.ppf([0.2, 0.5, 0.3])
+    expected = SIGMA / 2 * (quantiles - quantiles[[1, 2, 1]])
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_no_step_changes_the_radius_by_more_than_its_length():
+    """What makes it a certificate: sigma Phi^-1 of a mean softmax is 1-Lipschitz, here on a trained network."""
+    images, labels = toy_problem().test_images(every=10)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(images.shape, generator=generator)
+    direction /= direction.flatten(1).norm(dim=1)[:, None, None, None]
+    here, there = (soft_radius(toy_network(), images + step * direction, labels, sigma=SIGMA, n=4_000) for step in (0.0, 0.3))
+    assert (np.abs(here - there) < 0.3).all() and (here != there).any()
+
+
+def test_same_noise_for_every_network_and_any_number_of_samples():
+    images, labels = toy_problem().test_images(every=1)
+    radius = soft_radius(toy_network(), images, labels, sigma=SIGMA, n=4)
+    assert (radius == soft_radius(toy_network(), images, labels, sigma=SIGMA, n=4)).all()
+    assert (radius != soft_radius(toy_network(), images, labels, sigma=SIGMA, n=4, seed=1)).any()
+    certified = certify(toy_network(), images, labels, sigma=SIGMA, n0=20, n=500).certified_radius
+    many = soft_radius(toy_network(), images, labels, sigma=SIGMA, n=500)
+    assert stats.spearmanr(np.maximum(many, 0), certified).statistic > 0.8
+
+
+def test_nan_logits_are_an_error():
+    network = toy_network()
+    with torch.no_grad():
+        network.last.bias[0] = torch.nan
+    images, labels = toy_problem().test_images(every=20)
+    with pytest.raises(ArqError, match="NaN"):
+        soft_radius(network, images, labels, sigma=SIGMA, n=2)
