@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from arq_env.bitwidths import BitWidthMap
 from arq_env.certification import certify
 from arq_env.evaluation import Evaluator
 from arq_env.networks.training import Recipe, train
+from arq_env.problem import Problem
 from arq_env.quantization import load_quantized, save_quantized
 
 #: Images of the reward split that choose the epoch: the last ones, which no search is rewarded on.
@@ -26,6 +28,22 @@ def finetuning_recipe(sigma: float, **changes) -> Recipe:
     """
     default = Recipe(sigma, epochs=3, batch=128, optimizer="adamw", peak_rate=0.001, weight_decay=1e-4, distillation=1.0)
     return replace(default, **changes)
+
+
+def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:
+    """The same recipe cut to so many batches: for telling how maps compare once finished, not for networks to ship."""
+    start, images = problem.card.get("digest", ""), steps * finetuning_recipe(problem.sigma).batch
+    return finetuning_recipe(problem.sigma, epochs=1, images=images, seed=seed, precision="bf16", start=start)
+
+
+def finish_briefly(evaluator: Evaluator, bit_widths: BitWidthMap | None, steps: int, seed: int = 0) -> torch.nn.Module:
+    """The quantized network after :func:`brief_recipe`; for None the FP32 network after it."""
+    problem, quantizer = evaluator.problem, evaluator.quantizer
+    network = copy.deepcopy(problem.network) if bit_widths is None else quantizer.learnable(bit_widths)
+    recipe = brief_recipe(problem, steps, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        train(network, problem.dataset, recipe, Path(folder), teacher=problem.network, device=str(problem.device))
+    return quantizer.freeze(network)
 
 
 def finetune(

@@ -1,8 +1,9 @@
-"""Run every search on one problem at equal cost, several seeds each, and draw their best reward against evaluations.
+"""Run every search on one problem at equal cost, several seeds each, and finish every map that they export.
 
-An evaluation is one map quantized and certified on the reward images. A map met again is counted but costs no time, also when
-another search below --output met it first; what a search measures before its first map is counted in evaluations too. Stop it
-at any time: the same command goes on.
+An evaluation is one map quantized and judged on the reward images. A map met again is counted but costs no time, also when
+another search below --output met it first; what a search measures before its first map is counted in evaluations too. The maps
+that the searches export are then fine-tuned by one short recipe and certified on test images, beside FP32 after the same recipe:
+a search can win its reward and lose the network. Stop it at any time: the same command goes on.
 """
 
 import json
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 
@@ -23,7 +25,10 @@ from agents.compare import DETERMINISTIC, METHODS, best_so_far, reaches, run_sea
 from agents.main import add_environment, make_env
 from agents.trace import count_episodes, read_trace
 from arq_env import ArqError, command_line
-from arq_env.files import write_json
+from arq_env.bitwidths import load_map
+from arq_env.comparison import FP32, TestSettings, certify_on_test_images
+from arq_env.files import sha256, write_json
+from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.provenance import provenance
 
 
@@ -34,6 +39,14 @@ def parse():
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     add_environment(parser, budget=0.007, training="consistency")
     command_line.add_processes(parser, "searches")
+    parser.add_argument(
+        "--steps",
+        type=command_line.whole(0),
+        default=96,
+        help="batches of fine-tuning for each exported map; 0 to leave it as it is",
+    )
+    parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
+    parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
     options = parser.parse_args()
     for method in options.methods:
@@ -52,19 +65,24 @@ def main():
     ]
     folders = {run: options.output / f"budget{options.budget:g}" / "{}-seed{}".format(*run) for run in runs}
     # leaving the block ends the workers at once, also for Ctrl-C or an error
-    with (
-        multiprocessing.get_context("spawn").Pool(options.processes, start_worker, maxtasksperchild=1) as pool,
-        tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar,
-    ):
-        searches = [pool.apply_async(search_one, (run, folders[run], options)) for run in runs]
-        while searches:
-            searches[0].wait(2)
-            for search in [search for search in searches if search.ready()]:
-                search.get()  # raises what it ended with
-                searches.remove(search)
-            bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
-            bar.refresh()
-    document = summary(env, folders, options)
+    with multiprocessing.get_context("spawn").Pool(options.processes, start_worker, maxtasksperchild=1) as pool:
+        with tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar:
+            searches = [pool.apply_async(search_one, (run, folders[run], options)) for run in runs]
+            while searches:
+                searches[0].wait(2)
+                for search in [search for search in searches if search.ready()]:
+                    search.get()  # raises what it ended with
+                    searches.remove(search)
+                bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
+                bar.refresh()
+        exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
+        paths = {run: finished_path(bit_widths, env, options) for run, bit_widths in {FP32: None, **exported}.items()}
+        wanted = {path: exported.get(run) for run, path in paths.items() if not path.exists()}
+        tasks = [pool.apply_async(finish_one, (bit_widths, path, options)) for path, bit_widths in wanted.items()]
+        for task in tqdm(tasks, desc="finishing", unit="map", disable=not tasks):
+            task.get()
+    finished = {run: read_finished(path) for run, path in paths.items()}
+    document = summary(env, folders, finished, options)
     name = f"comparison-budget{options.budget:g}"
     write_json(options.output / f"{name}.json", document)
     plot(document, options.output / f"{name}.png")
@@ -97,9 +115,37 @@ def search_one(run, folder: Path, options) -> None:
     )
 
 
-def summary(env, folders: dict, options) -> dict:
-    """The searches' curves, and where each ended."""
+def finished_path(bit_widths, env, options) -> Path:
+    """Where the certificates of a finished map are kept: by all that they depend on."""
+    problem = env.get_wrapper_attr("problem")
+    recipe = asdict(brief_recipe(problem, options.steps))
+    identity = [bit_widths, problem.digest, recipe, asdict(certificate(options)), provenance()["versions"]]
+    return options.output / "finished" / f"{sha256(json.dumps(identity).encode())[:16]}.json"
+
+
+def certificate(options) -> TestSettings:
+    """How a finished map is certified."""
+    return TestSettings(every=options.every, n0=32, n=options.n)
+
+
+def finish_one(bit_widths, path: Path, options) -> None:
+    """Fine-tune one map in a worker process, and certify it."""
+    evaluator = make_env(options).get_wrapper_attr("evaluator")
+    network = finish_briefly(evaluator, bit_widths, options.steps)
+    certificates = certify_on_test_images(evaluator.problem, network, certificate(options))
+    radii = [round(float(radius), 5) for radius in certificates.certified_radius]
+    write_json(path, {"map": bit_widths, "clean_accuracy": certificates.clean_accuracy, "radii": radii})
+
+
+def read_finished(path: Path) -> np.ndarray:
+    """Certified radii of the test images, 0 where the prediction is wrong."""
+    return np.array(json.loads(path.read_text())["radii"])
+
+
+def summary(env, folders: dict, finished: dict, options) -> dict:
+    """The searches' curves, where each ended, and what its maps are worth when finished."""
     methods = {}
+    fp32 = finished[FP32]
     for method in options.methods:
         setup = setup_cost(method, env)
         traces = {seed: read_trace(folder / "trace.jsonl") for (name, seed), folder in folders.items() if name == method}
@@ -111,6 +157,7 @@ def summary(env, folders: dict, options) -> dict:
             "distinct_maps": [trace[-1].evaluations for trace in traces.values()],
             "best_reward": curves[:, -1].tolist(),
             "confirmed_ratio": [confirmed_ratio(metrics) for metrics in exported],
+            "finished_ratio": [float(finished[method, seed].mean() / fp32.mean()) for seed in traces],
             "mean": [None if np.isnan(value) else value for value in curves.mean(0).tolist()],
             "standard_error": standard_error(curves).tolist(),
         }
@@ -118,8 +165,25 @@ def summary(env, folders: dict, options) -> dict:
         goal = methods["random"]["mean"][-1]
         for found in methods.values():
             found["evaluations_to_random_s_reward"] = reaches(np.array(found["mean"], float), goal)
-    settings = {name: getattr(options, name) for name in ("env", "budget", "sigma", "training", "episodes", "seeds")}
-    return {"settings": settings, "methods": methods, "provenance": provenance()}
+    over_seeds = {m: np.stack([radii for run, radii in finished.items() if run != FP32 and run[0] == m]) for m in methods}
+    for method, found in methods.items():
+        found["finished"] = difference(over_seeds[method], fp32[None], fp32)
+        found["finished_against"] = {
+            other: difference(over_seeds[method], over_seeds[other], fp32) for other in methods if other != method
+        }
+    names = ("env", "budget", "sigma", "training", "episodes", "seeds", "steps", "every", "n")
+    settings = {name: getattr(options, name) for name in names}
+    return {"settings": settings, "fp32_finished_acr": float(fp32.mean()), "methods": methods, "provenance": provenance()}
+
+
+def difference(a: np.ndarray, b: np.ndarray, fp32: np.ndarray) -> dict:
+    """Mean over seeds and images of a's radius less b's, over FP32's ACR, with the standard error that both kinds of luck give.
+
+    :param a: radii [seeds of a, images]; ``b`` likewise
+    """
+    by_image = (a.mean(0) - b.mean(0)) / fp32.mean()
+    seeds = sum(runs.mean(1).var(ddof=1) / len(runs) for runs in (a, b) if len(runs) > 1) / fp32.mean() ** 2
+    return {"mean": float(by_image.mean()), "standard_error": float(np.sqrt(by_image.var(ddof=1) / len(by_image) + seeds))}
 
 
 def confirmed_ratio(metrics: dict) -> float | None:
@@ -134,20 +198,23 @@ def standard_error(curves: np.ndarray) -> np.ndarray:
 
 
 def table(document: dict) -> str:
-    """One line a search, as Markdown, sorted by the ratio on other images: the best of many scores is in part luck."""
+    """One line a search, as Markdown, sorted by what its maps are worth when finished: a best score is in part luck."""
     rows = [
-        "| search | evaluations before | distinct maps | best reward in the search | to random's | ACR of FP32 on other images |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| search | evaluations before | distinct maps | best reward in the search | to random's | of FP32 on other reward images "
+        "| finished: of FP32 finished alike | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    methods = document["methods"].items()
-    for method, found in sorted(methods, key=lambda item: -np.mean([ratio or 0 for ratio in item[1]["confirmed_ratio"]])):
+    for method, found in sorted(document["methods"].items(), key=lambda item: -item[1]["finished"]["mean"]):
         last = found["mean"][-1]
         reward = "no map yet" if last is None else f"{last:.3f} +- {found['standard_error'][-1]:.3f}"
         distinct, reached = np.mean(found["distinct_maps"]), found.get("evaluations_to_random_s_reward")
         ratios = [ratio for ratio in found["confirmed_ratio"] if ratio is not None]
-        confirmed = f"{np.mean(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})" if ratios else ""
+        confirmed = f"{np.mean(ratios):.3f}" if ratios else ""
+        finished = f"{1 + found['finished']['mean']:.3f} +- {found['finished']['standard_error']:.3f}"
+        seeds = ", ".join(f"{ratio:.3f}" for ratio in found["finished_ratio"])
         before = f"{found['setup_evaluations']:.0f}"
-        rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached or 'not reached'} | {confirmed} |")
+        reached = reached or "not reached"
+        rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached} | {confirmed} | {finished} | {seeds} |")
     return "\n".join(rows)
 
 

@@ -8,7 +8,6 @@ lines beside the result, and the same command goes on there.
 import dataclasses
 import json
 import multiprocessing
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from arq_env.certification import certify
 from arq_env.env import ArqEnv
 from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.files import drop_partial_line, write_json
-from arq_env.finetuning import finetuning_recipe
-from arq_env.networks.training import train
+from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.problem import load_problem
 from arq_env.provenance import provenance
 
@@ -57,15 +55,17 @@ class Worker:
         problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
         self.env = ArqEnv(problem)
         self.evaluators = {
-            "512 x 8": self.env.evaluator,
-            "128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32)),
+            "soft, 512 x 4": self.env.evaluator,
+            "counted, 512 x 8": Evaluator(problem, CertifierSettings(images=512, n0=4, n=8, reward_method="cohen")),
+            "counted, 128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32, reward_method="cohen")),
         }
-        self.evaluators["128 x 32"].quantizer = self.env.evaluator.quantizer  # the same calibration
+        for evaluator in self.evaluators.values():
+            evaluator.quantizer = self.env.evaluator.quantizer  # the same calibration
         _ = self.env.evaluator.divergence  # FP32's predictions, before a clock starts
 
     def map(self, index: int) -> dict:
         """The map of an episode of random actions under the budget whose turn it is, and its scores."""
-        options, problem, quantizer = self.options, self.env.problem, self.env.evaluator.quantizer
+        options = self.options
         budget = options.budgets[index % len(options.budgets)]
         self.env.reset(options={"budget": budget})
         self.env.action_space.seed(options.seed * 10_000 + index)
@@ -79,11 +79,10 @@ class Worker:
         start = time.perf_counter()
         scores["divergence"] = -self.env.evaluator.divergence(bit_widths)
         seconds["divergence"] = time.perf_counter() - start
-        network, start = quantizer.learnable(bit_widths), time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            train(network, problem.dataset, recipe_of(options, problem), Path(folder), teacher=problem.network)
+        start = time.perf_counter()
+        network = finish_briefly(self.env.evaluator, bit_widths, options.steps, options.seed)
         trained = time.perf_counter() - start
-        after = self.judge(quantizer.freeze(network))
+        after = self.judge(network)
         return {
             "index": index,
             "budget": budget,
@@ -102,13 +101,6 @@ class Worker:
         images, labels = problem.reward_images(JUDGES, len(problem.dataset.reward.images) - JUDGES)
         samples = {"n0": 8, "n": options.n, "alpha": 0.05, "seed": options.seed, "skip_wrong": True}
         return certify(network, images, labels, sigma=problem.sigma, **samples).certified_radius
-
-
-def recipe_of(options, problem):
-    """A short cycle of the recipe for finished networks, without the choice of an epoch."""
-    recipe = finetuning_recipe(problem.sigma)
-    images = options.steps * recipe.batch
-    return dataclasses.replace(recipe, epochs=1, images=images, seed=options.seed, precision="bf16", start=problem.card["digest"])
 
 
 worker: Worker | None = None
@@ -144,7 +136,8 @@ def main():
     options = parse()
     problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
     settings = {name: getattr(options, name) for name in ("budgets", "sigma", "training", "steps", "n", "seed")}
-    settings |= {"checkpoint": problem.card["digest"], "recipe": dataclasses.asdict(recipe_of(options, problem))}
+    recipe = brief_recipe(problem, options.steps, options.seed)
+    settings |= {"checkpoint": problem.card["digest"], "recipe": dataclasses.asdict(recipe)}
     lines = options.output / "maps.jsonl"
     records = read(lines, settings)
     wanted = [index for index in range(options.maps) if index not in {record["index"] for record in records}]

@@ -65,9 +65,9 @@ def test_comparing_mistakes(called, tmp_path):
 
 @pytest.mark.slow
 def test_searches_are_compared_and_resumed(tmp_path):
-    """Two searches in two processes; the same command again evaluates nothing and says the same."""
+    """Two searches in two processes, their maps finished; the same command again evaluates nothing and says the same."""
     command = shlex.split("compare --env ARQ-ResNet20-Signs-v0 --training gaussian --methods uniform random --seeds 2")
-    command += ["--episodes", "2", "--processes", "2", "--output", tmp_path]
+    command += ["--episodes", "2", "--processes", "2", "--output", tmp_path, *shlex.split("--steps 2 --every 100 --n 20")]
     done = script(*command)
     assert done.returncode == 0, done.stderr
     assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
@@ -75,6 +75,10 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert document["methods"]["random"]["proposed_maps"] == [2, 2]
     mean, runs = document["methods"]["random"]["mean"], document["methods"]["random"]["best_reward"]
     assert mean[-1] == pytest.approx(np.mean(runs)) and mean == sorted(mean)
+    finished = {name: found["finished_ratio"] for name, found in document["methods"].items()}
+    assert document["methods"]["random"]["finished"]["mean"] == pytest.approx(np.mean(finished["random"]) - 1)
+    against = document["methods"]["uniform"]["finished_against"]["random"]
+    assert against["mean"] == pytest.approx(finished["uniform"][0] - np.mean(finished["random"])) and against["standard_error"] > 0
     assert (tmp_path / "comparison-budget0.007.png").exists()
     assert {path.name for path in (tmp_path / "budget0.007").iterdir()} == {"uniform-seed0", "random-seed0", "random-seed1"}
     assert script(*command).stdout == done.stdout
