@@ -55,9 +55,9 @@ def main(algorithm: str) -> None:
 def make_env(options):
     """The environment that a command line asks for.
 
-    :param options: with ``env, budget, sigma, training, device``
+    :param options: with ``env, budget, sigma, training, device, regained_bits``
     """
-    arguments = {name: getattr(options, name) for name in ("budget", "sigma", "training", "device")}
+    arguments = {name: getattr(options, name) for name in ("budget", "sigma", "training", "device", "regained_bits")}
     try:
         return gymnasium.make(options.env, disable_env_checker=True, **arguments)
     except TypeError as error:  # an environment that takes no budget
@@ -66,10 +66,11 @@ def make_env(options):
         raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
 
 
-def add_environment(parser, *, budget: float | None = None, training: str = "gaussian") -> None:
+def add_environment(parser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0) -> None:
     """The options that :func:`make_env` takes.
 
     :param budget: the default; without it there is no such option
+    :param training, regained_bits: defaults
     """
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
     if budget is not None:
@@ -81,6 +82,12 @@ def add_environment(parser, *, budget: float | None = None, training: str = "gau
         help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
     )
     parser.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
+    parser.add_argument(
+        "--regained-bits",
+        type=command_line.whole(0, 6),
+        default=regained_bits,
+        help="judge maps with weights so many bits finer: 1 for a map to fine-tune (finalize.py), 0 for one to use as it is",
+    )
     parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; an agent stays on the CPU")
 
 

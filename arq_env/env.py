@@ -79,7 +79,7 @@ class ArqEnv(gymnasium.Env):
 
     ## Arguments
     `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, and the
-    reward certifier's `images`, `n0`, `n`, `alpha`, `seed` and `reward_method` (see
+    reward certifier's `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
     :class:`arq_env.evaluation.CertifierSettings`). The class itself takes a :class:`arq_env.problem.Problem`, which holds any
     network of Conv2d and Linear layers.
 

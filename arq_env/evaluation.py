@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from arq_env.bitwidths import BitWidthMap
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
 from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius
 from arq_env.certification.methods import SKIPPING
 from arq_env.errors import ArqError
@@ -36,6 +36,9 @@ class CertifierSettings:
     :param n0: noise samples that select an image's class before; not for "soft"
     :param alpha: error probability of each radius; not for "soft"
     :param seed: of noise and calibration; the same for all maps, so that they are compared on the same noise
+    :param regained_bits: bits by which a map's weights are taken to be finer than they are, since fine-tuning
+        (:func:`arq_env.finetuning.finetune`) wins about that back, and nothing of what activations lose. 1 ranks maps as they
+        rank once finished; 0 takes the network as it is quantized
     :param reward_method: "soft" (:func:`arq_env.certification.soft_radius`) or a method of
         :func:`arq_env.certification.certify`, which wants an n of at least 8; of these "incremental" and "paired" bound the
         difference to the FP32 network, which is run once on 16 n samples, and need n of 100 or more for radii worth comparing
@@ -48,11 +51,12 @@ class CertifierSettings:
     seed: int = 0
     first: int = 0
     reward_method: str = "soft"
+    regained_bits: int = 0
 
     def __post_init__(self):
         if self.reward_method not in REWARD_METHODS:
             raise ArqError(f"there is no reward method {self.reward_method!r}: choose one of {', '.join(REWARD_METHODS)}")
-        for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0), ("first", 0)):
+        for name, low in (("images", 1), ("n0", 1), ("n", 1), ("seed", 0), ("first", 0), ("regained_bits", 0)):
             if not (isinstance(value := getattr(self, name), int) and value >= low):
                 raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
         if not 0 < self.alpha < 1:
@@ -105,7 +109,11 @@ class Evaluator:
     @cached_property
     def sensitivities(self) -> Sensitivities:
         """What few bits cost in each place, measured at first use in about the time of 30 evaluations."""
-        return measure_sensitivities(self.divergence)
+        measured, skipped = measure_sensitivities(self.divergence), self.settings.regained_bits
+        return {
+            (layer, kind): effects[skipped:] + effects[-1:] * skipped if kind == "weight" else effects
+            for (layer, kind), effects in measured.items()
+        }
 
     @cached_property
     def reference(self) -> Evaluation:
@@ -130,8 +138,17 @@ class Evaluator:
         key = tuple(bit_widths.items())
         if key not in self._known:
             quantizer = self.quantizer  # calibrated before the clock starts
-            self._known[key] = self._evaluate(lambda: quantizer.quantize(bit_widths))
+            self._known[key] = self._evaluate(lambda: quantizer.quantize(self.regained(bit_widths)))
         return self._known[key]
+
+    def regained(self, bit_widths: BitWidthMap) -> BitWidthMap:
+        """The map whose network is judged in place of a map's, see :class:`CertifierSettings`.
+
+        :raises ArqError: when it is not a map for this network
+        """
+        check_map(bit_widths, self.problem.layers)
+        won = self.settings.regained_bits
+        return {name: Bits(min(weight + won, MAX_BITS), activation) for name, (weight, activation) in bit_widths.items()}
 
     def remember(self, bit_widths: BitWidthMap, evaluation: Evaluation) -> None:
         """Take over an evaluation made earlier under the same settings, such as one from a trace."""

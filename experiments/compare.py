@@ -37,7 +37,7 @@ def parse():
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=command_line.whole(1), default=3, help="runs of each search that draws at random")
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
-    add_environment(parser, budget=0.007, training="consistency")
+    add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
     parser.add_argument(
         "--steps",
@@ -171,7 +171,7 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
         found["finished_against"] = {
             other: difference(over_seeds[method], over_seeds[other], fp32) for other in methods if other != method
         }
-    names = ("env", "budget", "sigma", "training", "episodes", "seeds", "steps", "every", "n")
+    names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
     settings = {name: getattr(options, name) for name in names}
     return {"settings": settings, "fp32_finished_acr": float(fp32.mean()), "methods": methods, "provenance": provenance()}
 

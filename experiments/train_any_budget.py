@@ -20,7 +20,7 @@ from arq_env.provenance import provenance
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="td3", help="of stable-baselines3")
-    add_environment(parser, training="consistency")
+    add_environment(parser, training="consistency", regained_bits=1)
     parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try, the first 20 at random")
     parser.add_argument("--low", type=float, default=0.005, help="smallest budget, as a fraction of FP32's bit operations")
     parser.add_argument("--high", type=float, default=0.03, help="largest budget")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from arq_env import ArqError
-from arq_env.bitwidths import uniform
+from arq_env.bitwidths import Bits, complete, uniform
 from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
 from arq_env.evaluation import REWARD_METHODS, CertifierSettings, Evaluator, warn_if_noise_is_new
 from arq_env.report import comparison_table, layer_table
@@ -131,3 +131,19 @@ def test_every_method_can_be_the_reward(method):
 def test_an_unknown_reward_method_is_an_error():
     with pytest.raises(ArqError, match="soft, cohen"):
         CertifierSettings(reward_method="magic")
+
+
+def test_regained_bits_make_weights_finer_and_nothing_else(problem):
+    """A map is judged as the one whose weights have a bit more, and places are compared accordingly."""
+    as_it_is, finished = (Evaluator(problem, dataclasses.replace(SMALL, regained_bits=bits)) for bits in (0, 1))
+    coarse, finer = (complete({"middle": Bits(weight, 3)}, problem.layers, 8) for weight in (2, 3))
+    got, expected = finished.evaluate(coarse), as_it_is.evaluate(finer)
+    assert (got.acr, got.clean_accuracy) == (expected.acr, expected.clean_accuracy) != as_it_is.evaluate(coarse).acr
+    assert finished.evaluate(uniform(problem.layers, 8, 8)).acr == as_it_is.evaluate(uniform(problem.layers, 8, 8)).acr
+    for (layer, kind), effects in as_it_is.sensitivities.items():
+        expected = [*effects[1:], 0.0] if kind == "weight" else effects
+        assert finished.sensitivities[layer, kind] == expected
+    with pytest.raises(ArqError, match="leaves out"):
+        finished.evaluate({"middle": Bits(2, 2)})
+    with pytest.raises(ArqError, match="regained_bits"):
+        CertifierSettings(regained_bits=-1)
