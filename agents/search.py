@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,12 @@ from agents.trace import Episode
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file
+from arq_env.finetuning import finish_briefly
 
 #: Maps with the highest rewards that are judged again, on other images.
 CANDIDATES = 5
+#: Batches of fine-tuning that each of them gets before, where the reward only foretells it.
+CONFIRMING_STEPS = 96
 
 
 def search(
@@ -113,6 +117,8 @@ def _propose(algorithm: str, env, recorder: Recorder, seed: int) -> None:
 def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = True) -> tuple[Episode, dict]:
     """Choose among the five maps with the highest rewards, on images that the search did not use.
 
+    Where rewards only foretell what fine-tuning leaves (``regained_bits``), the five are fine-tuned briefly.
+
     :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those images
     """
     distinct: dict[tuple, Episode] = {}
@@ -122,8 +128,13 @@ def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = T
     judge = evaluator.second_opinion()
     if judge is None:
         return candidates[0], {}
-    bar = tqdm(candidates, desc="confirming", unit="map", disable=not progress)
-    judged = {episode.episode: judge.evaluate(episode.bit_widths) for episode in bar}
-    best = max(candidates, key=lambda episode: judged[episode.episode].acr)
-    settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n")}
-    return best, {"confirmed_acr": judged[best.episode].acr, "confirmed_reference_acr": judge.reference.acr, **settings}
+    acr, steps = {}, CONFIRMING_STEPS if evaluator.settings.regained_bits else 0
+    for episode in tqdm(candidates, desc="confirming", unit="map", disable=not progress):
+        if steps:
+            network = partial(finish_briefly, evaluator, episode.bit_widths, steps)
+        else:
+            network = partial(evaluator.quantizer.quantize, episode.bit_widths)
+        acr[episode.episode] = judge.measure(network).acr
+    best = max(candidates, key=lambda episode: acr[episode.episode])
+    settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n")} | {"confirmed_steps": steps}
+    return best, {"confirmed_acr": acr[best.episode], "confirmed_reference_acr": judge.reference.acr, **settings}

@@ -2,10 +2,12 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
 from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius
@@ -122,7 +124,7 @@ class Evaluator:
         :raises ArqError: when not a single radius is certified, so that there is nothing to compare with
         """
         warn_if_noise_is_new(self.problem)
-        evaluation = self._evaluate(lambda: self.problem.network)
+        evaluation = self.measure(lambda: self.problem.network)
         if evaluation.acr == 0:
             raise ArqError(
                 f"the FP32 network certifies none of the {self.settings.images} reward images at sigma {self.problem.sigma}: "
@@ -138,7 +140,7 @@ class Evaluator:
         key = tuple(bit_widths.items())
         if key not in self._known:
             quantizer = self.quantizer  # calibrated before the clock starts
-            self._known[key] = self._evaluate(lambda: quantizer.quantize(self.regained(bit_widths)))
+            self._known[key] = self.measure(lambda: quantizer.quantize(self.regained(bit_widths)))
         return self._known[key]
 
     def regained(self, bit_widths: BitWidthMap) -> BitWidthMap:
@@ -169,7 +171,8 @@ class Evaluator:
         other.quantizer = self.quantizer  # the same calibration
         return other
 
-    def _evaluate(self, build) -> Evaluation:
+    def measure(self, build: Callable[[], torch.nn.Module]) -> Evaluation:
+        """What the reward certifier says of the network that ``build`` makes, whose making counts to the seconds."""
         images, labels = self._reward_images
         s, sigma, cache = self.settings, self.problem.sigma, self._cache
         start = time.perf_counter()

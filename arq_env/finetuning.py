@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,8 +33,9 @@ def finetuning_recipe(sigma: float, **changes) -> Recipe:
 
 def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:
     """The same recipe cut to so many batches: for telling how maps compare once finished, not for networks to ship."""
-    start, images = problem.card.get("digest", ""), steps * finetuning_recipe(problem.sigma).batch
-    return finetuning_recipe(problem.sigma, epochs=1, images=images, seed=seed, precision="bf16", start=start)
+    recipe = finetuning_recipe(problem.sigma, seed=seed, precision="bf16", start=problem.card.get("digest", ""))
+    epochs = math.ceil(steps * recipe.batch / len(problem.dataset.train.images))
+    return replace(recipe, epochs=epochs, images=steps // epochs * recipe.batch)
 
 
 def finish_briefly(evaluator: Evaluator, bit_widths: BitWidthMap | None, steps: int, seed: int = 0) -> torch.nn.Module:

@@ -18,12 +18,12 @@ def run(store, method, seed=0, env=None, episodes=8):
 
 
 def count_evaluations(env):
-    made, original = [], env.evaluator._evaluate
-    env.evaluator._evaluate = lambda build: made.append(build) or original(build)
+    made, original = [], env.evaluator.measure
+    env.evaluator.measure = lambda build: made.append(build) or original(build)
     return made
 
 
-def test_what_one_search_evaluated_is_free_for_the_next(tmp_path):
+def test_what_one_searchmeasured_is_free_for_the_next(tmp_path):
     first = run(tmp_path, "random")
     env = make_toy_env()
     made = count_evaluations(env)

@@ -1,5 +1,6 @@
 import fcntl
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from agents.search import CANDIDATES, confirm
 from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
+from arq_env.finetuning import finish_briefly
 from tests.toy import EPISODES, make_toy_env, outcome, search_toy
 
 
@@ -48,6 +50,19 @@ def test_the_exported_map_is_chosen_on_other_images(tmp_path):
     everything = make_toy_env(images=64)  # nothing is left for a second opinion
     assert everything.evaluator.second_opinion() is None
     assert confirm(episodes, everything.evaluator, progress=False)[0].reward == max(e.reward for e in episodes)
+
+
+def test_where_fine_tuning_is_foretold_the_best_maps_are_fine_tuned(tmp_path, monkeypatch):
+    env = make_toy_env(regained_bits=1)
+    search_toy(tmp_path, "random", episodes=7, env=env)
+    monkeypatch.setattr("agents.search.CONFIRMING_STEPS", 20)
+    episodes = read_trace(tmp_path / "trace.jsonl")
+    best, confirmed = confirm(episodes, env.evaluator, progress=False)
+    judge = env.evaluator.second_opinion()
+    finished = [judge.measure(partial(finish_briefly, env.evaluator, e.bit_widths, 20)).acr for e in episodes]
+    top = np.argsort([-e.reward for e in episodes], kind="stable")[:CANDIDATES]
+    assert confirmed["confirmed_acr"] == max(finished[i] for i in top) == finished[best.episode - 1]
+    assert confirmed["confirmed_steps"] == 20 and finished[best.episode - 1] != judge.evaluate(best.bit_widths).acr
 
 
 def test_tensorboard_has_what_the_readme_promises(tmp_path):
