@@ -28,6 +28,8 @@ from arq_env.provenance import provenance
 
 #: Images that judge the finished networks: the reward split's last ones.
 JUDGES = 1_024
+#: Scored as `regained_bits` of :class:`arq_env.evaluation.CertifierSettings` says.
+FINER = "weights 1 bit finer"
 
 
 def parse():
@@ -56,6 +58,7 @@ class Worker:
         self.env = ArqEnv(problem)
         self.evaluators = {
             "soft, 512 x 4": self.env.evaluator,
+            f"soft, 512 x 4, {FINER}": Evaluator(problem, CertifierSettings(regained_bits=1)),
             "counted, 512 x 8": Evaluator(problem, CertifierSettings(images=512, n0=4, n=8, reward_method="cohen")),
             "counted, 128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32, reward_method="cohen")),
         }
@@ -76,9 +79,11 @@ class Worker:
         in_loop = {name: evaluator.evaluate(bit_widths) for name, evaluator in self.evaluators.items()}
         scores = {name: evaluation.acr for name, evaluation in in_loop.items()}
         seconds = {name: evaluation.seconds for name, evaluation in in_loop.items()}
-        start = time.perf_counter()
-        scores["divergence"] = -self.env.evaluator.divergence(bit_widths)
-        seconds["divergence"] = time.perf_counter() - start
+        finer = self.evaluators[f"soft, 512 x 4, {FINER}"].regained(bit_widths)
+        for name, judged in {"divergence": bit_widths, f"divergence, {FINER}": finer}.items():
+            start = time.perf_counter()
+            scores[name] = -self.env.evaluator.divergence(judged)
+            seconds[name] = time.perf_counter() - start
         start = time.perf_counter()
         network = finish_briefly(self.env.evaluator, bit_widths, options.steps, options.seed)
         trained = time.perf_counter() - start
