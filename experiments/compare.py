@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 
@@ -21,14 +20,13 @@ import torch
 from tqdm import tqdm
 
 from agents.baselines import WITH_OPTUNA, import_optuna
-from agents.compare import DETERMINISTIC, METHODS, best_so_far, reaches, run_search, setup_cost
+from agents.compare import DETERMINISTIC, METHODS, best_so_far, finished_radii, reaches, run_search, setup_cost
 from agents.main import add_environment, make_env
 from agents.trace import count_episodes, read_trace
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import load_map
-from arq_env.comparison import FP32, TestSettings, certify_on_test_images
-from arq_env.files import sha256, write_json
-from arq_env.finetuning import brief_recipe, finish_briefly
+from arq_env.comparison import FP32, TestSettings
+from arq_env.files import write_json
 from arq_env.provenance import provenance
 
 
@@ -76,12 +74,7 @@ def main():
                 bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
                 bar.refresh()
         exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
-        paths = {run: finished_path(bit_widths, env, options) for run, bit_widths in {FP32: None, **exported}.items()}
-        wanted = {path: exported.get(run) for run, path in paths.items() if not path.exists()}
-        tasks = [pool.apply_async(finish_one, (bit_widths, path, options)) for path, bit_widths in wanted.items()]
-        for task in tqdm(tasks, desc="finishing", unit="map", disable=not tasks):
-            task.get()
-    finished = {run: read_finished(path) for run, path in paths.items()}
+        finished = finish(pool, {FP32: None, **exported}, options)
     document = summary(env, folders, finished, options)
     name = f"comparison-budget{options.budget:g}"
     write_json(options.output / f"{name}.json", document)
@@ -115,31 +108,19 @@ def search_one(run, folder: Path, options) -> None:
     )
 
 
-def finished_path(bit_widths, env, options) -> Path:
-    """Where the certificates of a finished map are kept: by all that they depend on."""
-    problem = env.get_wrapper_attr("problem")
-    recipe = asdict(brief_recipe(problem, options.steps))
-    identity = [bit_widths, problem.digest, recipe, asdict(certificate(options)), provenance()["versions"]]
-    return options.output / "finished" / f"{sha256(json.dumps(identity).encode())[:16]}.json"
+def finish(pool, maps: dict, options) -> dict[object, np.ndarray]:
+    """Name to certified radii on test images of the finished map; a map that has two names is finished once."""
+    names = {tuple(bit_widths.items()) if bit_widths else None: name for name, bit_widths in maps.items()}
+    tasks = {key: pool.apply_async(finish_one, (maps[name], options)) for key, name in names.items()}
+    radii = {key: task.get() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
+    return {name: radii[tuple(bit_widths.items()) if bit_widths else None] for name, bit_widths in maps.items()}
 
 
-def certificate(options) -> TestSettings:
-    """How a finished map is certified."""
-    return TestSettings(every=options.every, n0=32, n=options.n)
-
-
-def finish_one(bit_widths, path: Path, options) -> None:
-    """Fine-tune one map in a worker process, and certify it."""
+def finish_one(bit_widths, options) -> np.ndarray:
+    """One map in a worker process."""
     evaluator = make_env(options).get_wrapper_attr("evaluator")
-    network = finish_briefly(evaluator, bit_widths, options.steps)
-    certificates = certify_on_test_images(evaluator.problem, network, certificate(options))
-    radii = [round(float(radius), 5) for radius in certificates.certified_radius]
-    write_json(path, {"map": bit_widths, "clean_accuracy": certificates.clean_accuracy, "radii": radii})
-
-
-def read_finished(path: Path) -> np.ndarray:
-    """Certified radii of the test images, 0 where the prediction is wrong."""
-    return np.array(json.loads(path.read_text())["radii"])
+    settings = TestSettings(every=options.every, n0=32, n=options.n)
+    return finished_radii(evaluator, bit_widths, options.output / "finished", steps=options.steps, settings=settings)
 
 
 def summary(env, folders: dict, finished: dict, options) -> dict:

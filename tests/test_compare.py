@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from agents.compare import best_so_far, reaches, recall, run_search, setup_cost, share_sensitivities
+from agents.compare import best_so_far, finished_radii, reaches, recall, run_search, setup_cost, share_sensitivities
 from agents.trace import read_trace
+from arq_env.bitwidths import uniform
+from arq_env.comparison import TestSettings
 from arq_env.evaluation import Evaluator
 from tests.toy import make_toy_env
 
@@ -69,3 +71,15 @@ def test_curves(tmp_path):
     late = best_so_far(trace, 10, setup=2.5)
     assert np.isnan(late[:3]).all() and (late[3:] == curve[:7]).all()
     assert reaches(late, rewards[0]) == 4 and reaches(curve, max(rewards) + 1) is None
+
+
+def test_finished_maps_are_kept(tmp_path, monkeypatch):
+    """FP32 after the same fine-tuning is at least level with 2 bits; what is done is not done again, other steps are."""
+    evaluator, settings = make_toy_env().evaluator, TestSettings(every=1, n0=8, n=50)
+    maps = {"FP32": None, "coarse": uniform(evaluator.problem.layers, 2, 2, end_bits=2)}
+    first = {name: finished_radii(evaluator, m, tmp_path, steps=4, settings=settings) for name, m in maps.items()}
+    assert first["FP32"].shape == (40,) and first["FP32"].mean() > first["coarse"].mean() > 0
+    monkeypatch.setattr("agents.compare.finish_briefly", lambda *_: pytest.fail("finished again"))
+    assert (finished_radii(evaluator, maps["coarse"], tmp_path, steps=4, settings=settings) == first["coarse"]).all()
+    with pytest.raises(pytest.fail.Exception, match="finished again"):
+        finished_radii(evaluator, maps["coarse"], tmp_path, steps=5, settings=settings)

@@ -19,7 +19,8 @@ def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0)
     p is the mean of the softmax over Gaussian noise. For the exact mean the radius is a certificate (Salman et al. 2019; Zhai et
     al. 2020, whose training maximises it); from n samples it is an estimate, for comparing networks and not to quote. A label
     either counts or not, a softmax moves with every change of the network: on the same few samples this radius ranks maps
-    more reliably than counted labels do (``experiments/rank_maps.py``).
+    more reliably than counted labels do (``experiments/rank_maps.py``). It also grows with the scale of the logits, so compare
+    only networks made from one.
 
     :param network: torch module in evaluation mode, from images [b, c, h, w] to logits [b, classes]
     :param images: float tensor [n, c, h, w] in [0, 1]
