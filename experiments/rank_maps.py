@@ -76,14 +76,7 @@ class Worker:
         while not done:
             _, _, done, _, info = self.env.step(self.env.action_space.sample())
         bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
-        in_loop = {name: evaluator.evaluate(bit_widths) for name, evaluator in self.evaluators.items()}
-        scores = {name: evaluation.acr for name, evaluation in in_loop.items()}
-        seconds = {name: evaluation.seconds for name, evaluation in in_loop.items()}
-        finer = self.evaluators[f"soft, 512 x 4, {FINER}"].regained(bit_widths)
-        for name, judged in {"divergence": bit_widths, f"divergence, {FINER}": finer}.items():
-            start = time.perf_counter()
-            scores[name] = -self.env.evaluator.divergence(judged)
-            seconds[name] = time.perf_counter() - start
+        scores, seconds = self.scores(bit_widths)
         start = time.perf_counter()
         network = finish_briefly(self.env.evaluator, bit_widths, options.steps, options.seed)
         trained = time.perf_counter() - start
@@ -99,6 +92,18 @@ class Worker:
             "after": float(after.mean()),
             "radii_after": [round(float(radius), 4) for radius in after],
         }
+
+    def scores(self, bit_widths) -> tuple[dict[str, float], dict[str, float]]:
+        """What a search could go by, higher for better, and the seconds that each took."""
+        in_loop = {name: evaluator.evaluate(bit_widths) for name, evaluator in self.evaluators.items()}
+        scores = {name: evaluation.acr for name, evaluation in in_loop.items()}
+        seconds = {name: evaluation.seconds for name, evaluation in in_loop.items()}
+        finer = self.evaluators[f"soft, 512 x 4, {FINER}"].regained(bit_widths)
+        for name, judged in {"divergence": bit_widths, f"divergence, {FINER}": finer}.items():
+            start = time.perf_counter()
+            scores[name] = -self.env.evaluator.divergence(judged)
+            seconds[name] = time.perf_counter() - start
+        return scores, seconds
 
     def judge(self, network) -> np.ndarray:
         """Certified radii on the last images of the reward split."""
