@@ -37,12 +37,7 @@ def parse():
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
-    parser.add_argument(
-        "--steps",
-        type=command_line.whole(0),
-        default=96,
-        help="batches of fine-tuning for each exported map; 0 to leave it as it is",
-    )
+    parser.add_argument("--steps", type=command_line.whole(1), default=96, help="batches of fine-tuning for each exported map")
     parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
     parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
