@@ -9,7 +9,7 @@ from tqdm import tqdm
 from agents.algorithms import ALGORITHMS, EPISODES
 from agents.search import search
 from arq_env import ArqError, command_line
-from arq_env.bitwidths import uniform
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, uniform
 from arq_env.comparison import TestSettings, compare_maps
 from arq_env.files import write_json
 from arq_env.registration import ENVIRONMENTS
@@ -84,7 +84,7 @@ def add_environment(parser, *, budget: float | None = None, training: str = "gau
     parser.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
     parser.add_argument(
         "--regained-bits",
-        type=command_line.whole(0, 6),
+        type=command_line.whole(0, MAX_BITS - MIN_BITS),
         default=regained_bits,
         help="judge maps with weights so many bits finer: 1 for a map to fine-tune (finalize.py), 0 for one to use as it is",
     )

@@ -40,12 +40,16 @@ def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:
 
 def finish_briefly(evaluator: Evaluator, bit_widths: BitWidthMap | None, steps: int, seed: int = 0) -> torch.nn.Module:
     """The quantized network after :func:`brief_recipe`; for None the FP32 network after it."""
-    problem, quantizer = evaluator.problem, evaluator.quantizer
-    network = copy.deepcopy(problem.network) if bit_widths is None else quantizer.learnable(bit_widths)
+    problem, network = evaluator.problem, _trainable(evaluator, bit_widths)
     recipe = brief_recipe(problem, steps, seed)
     with tempfile.TemporaryDirectory() as folder:
         train(network, problem.dataset, recipe, Path(folder), teacher=problem.network, device=str(problem.device))
-    return quantizer.freeze(network)
+    return evaluator.quantizer.freeze(network)
+
+
+def _trainable(evaluator: Evaluator, bit_widths: BitWidthMap | None) -> torch.nn.Module:
+    """What is trained for a map; for None a copy of the FP32 network."""
+    return copy.deepcopy(evaluator.problem.network) if bit_widths is None else evaluator.quantizer.learnable(bit_widths)
 
 
 def finetune(
@@ -71,7 +75,7 @@ def finetune(
     """
     problem, folder = evaluator.problem, Path(folder)
     quantizer = evaluator.quantizer
-    network = copy.deepcopy(problem.network) if bit_widths is None else quantizer.learnable(bit_widths)
+    network = _trainable(evaluator, bit_widths)
     best = folder / "best.safetensors"
 
     def judge(record):

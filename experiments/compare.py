@@ -22,6 +22,7 @@ from tqdm import tqdm
 from agents.baselines import WITH_OPTUNA, import_optuna
 from agents.compare import DETERMINISTIC, METHODS, best_so_far, finished_radii, reaches, run_search, setup_cost
 from agents.main import add_environment, make_env
+from agents.search import CONFIRMING_STEPS
 from agents.trace import count_episodes, read_trace
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import load_map
@@ -37,7 +38,9 @@ def parse():
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
-    parser.add_argument("--steps", type=command_line.whole(1), default=96, help="batches of fine-tuning for each exported map")
+    parser.add_argument(
+        "--steps", type=command_line.whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each exported map"
+    )
     parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
     parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
@@ -105,10 +108,11 @@ def search_one(run, folder: Path, options) -> None:
 
 def finish(pool, maps: dict, options) -> dict[object, np.ndarray]:
     """Name to certified radii on test images of the finished map; a map that has two names is finished once."""
-    names = {tuple(bit_widths.items()) if bit_widths else None: name for name, bit_widths in maps.items()}
-    tasks = {key: pool.apply_async(finish_one, (maps[name], options)) for key, name in names.items()}
+    keys = {name: json.dumps(bit_widths) for name, bit_widths in maps.items()}
+    distinct = {key: maps[name] for name, key in keys.items()}
+    tasks = {key: pool.apply_async(finish_one, (bit_widths, options)) for key, bit_widths in distinct.items()}
     radii = {key: task.get() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
-    return {name: radii[tuple(bit_widths.items()) if bit_widths else None] for name, bit_widths in maps.items()}
+    return {name: radii[key] for name, key in keys.items()}
 
 
 def finish_one(bit_widths, options) -> np.ndarray:

@@ -27,7 +27,8 @@ def test_run_folder(tmp_path, algorithm):
     }
     episodes = read_trace(tmp_path / "trace.jsonl")
     assert len(episodes) == EPISODES
-    assert best.reward >= sorted({e.reward for e in episodes})[-CANDIDATES:][0]
+    rewards = {tuple(e.bit_widths.items()): e.reward for e in episodes}  # a map met again is one candidate
+    assert best.reward in sorted(rewards.values())[-CANDIDATES:]
     bit_widths, document = load_map(tmp_path / "bit_widths.json", env.layers)
     assert bit_widths == best.bit_widths and document["metrics"]["reward"] == best.reward
     assert document["metrics"]["confirmed_acr"] > 0 and document["metrics"]["confirmed_images"] == 32

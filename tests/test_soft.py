@@ -54,7 +54,7 @@ def test_no_step_changes_the_radius_by_more_than_its_length():
     assert (np.abs(here - there) < 0.3).all() and (here != there).any()
 
 
-def test_same_noise_for_every_network_and_any_number_of_samples():
+def test_the_noise_follows_the_seed_and_the_radius_the_certified_one():
     images, labels = toy_problem().test_images(every=1)
     radius = soft_radius(toy_network(), images, labels, sigma=SIGMA, n=4)
     assert (radius == soft_radius(toy_network(), images, labels, sigma=SIGMA, n=4)).all()
