@@ -1,7 +1,6 @@
-"""From a map to the finished network: quantization-aware training under noise, the best epoch by held-out ACR."""
+"""From a map to the finished network: quantization-aware training under noise."""
 
 import copy
-import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -15,9 +14,8 @@ from arq_env.certification import certify
 from arq_env.evaluation import Evaluator
 from arq_env.networks.training import Recipe, train
 from arq_env.problem import Problem
-from arq_env.quantization import load_quantized, save_quantized
 
-#: Images of the reward split that choose the epoch: the last ones, which no search is rewarded on.
+#: Images of the reward split that epochs are judged on: the last ones, which no search is rewarded on.
 HELD_OUT = 464
 
 
@@ -61,43 +59,38 @@ def finetune(
     compile: bool = False,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
-) -> tuple[torch.nn.Module, dict]:
-    """Train the base network under a map; return the quantized network of the epoch with the highest held-out ACR, and its card.
+) -> tuple[torch.nn.Module, list[dict]]:
+    """Train the base network under a map; return the quantized network, and the record of each epoch.
 
     Weights and step sizes are learned together (LSQ); before each judgement BatchNorm's statistics are estimated anew, as they
-    are for deployment. ``folder`` holds the state to resume from and ``best.safetensors``; a killed call goes on after
-    the last finished epoch and ends the same.
+    are for deployment. The network is that of the last epoch, where the learning rate has come to zero: epochs differ by less
+    than a held-out ACR of affordable size can tell. ``folder`` holds the state to resume from; a killed call goes on after the
+    last finished epoch and ends the same.
 
     :param bit_widths: None trains the FP32 network by the same recipe, for a fair comparison
     :param recipe: such as :func:`finetuning_recipe` gives; with distillation the base network is the teacher
     :param on_epoch: called with each epoch's record, with ``held_out_acr`` in it
     :raises ArqError: when the map is not one for this network, or the folder holds another recipe's state
     """
-    problem, folder = evaluator.problem, Path(folder)
-    quantizer = evaluator.quantizer
+    problem, quantizer = evaluator.problem, evaluator.quantizer
     network = _trainable(evaluator, bit_widths)
-    best = folder / "best.safetensors"
 
     def judge(record):
-        finished = quantizer.freeze(network)
-        record["held_out_acr"] = held_out_acr(evaluator, finished)
-        if not best.exists() or record["held_out_acr"] > json.loads(best.with_suffix(".json").read_text())["held_out_acr"]:
-            save_quantized(finished, best, {"network": problem.card.get("network"), **record})
+        record["held_out_acr"] = held_out_acr(evaluator, quantizer.freeze(network))
         on_epoch(record)
 
-    train(
+    records = train(
         network,
         problem.dataset,
         recipe,
-        folder,
+        Path(folder),
         teacher=problem.network,
         device=str(problem.device),
         compile=compile,
         on_batch=on_batch,
         on_epoch=judge,
     )
-    finished, card = load_quantized(best, problem.network)
-    return finished.to(problem.device), card
+    return quantizer.freeze(network), records
 
 
 def held_out_acr(evaluator: Evaluator, network: torch.nn.Module) -> float:

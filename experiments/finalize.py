@@ -75,7 +75,7 @@ def main():
             for key, value in record.items():
                 writer.add_scalar(f"finetune/{key}", value, record["epoch"])
 
-        network, card = finetune(
+        network, records = finetune(
             evaluator, bit_widths, recipe, folder, compile=options.compile, on_batch=bar.update, on_epoch=on_epoch
         )
     writer.close()
@@ -95,8 +95,7 @@ def main():
         "bops_fraction": 1.0 if bit_widths is None else bops_fraction(bit_widths, problem.layers),
         "model_bytes": model_bytes(problem.network, problem.layers, bit_widths),
         "recipe": dataclasses.asdict(recipe),
-        "best_epoch": card["epoch"],
-        "held_out_acr": card["held_out_acr"],
+        "held_out_acr": records[-1]["held_out_acr"],
         "images": len(certificates),
         "settings": dataclasses.asdict(settings),
         "integer_kernels": options.integer and bit_widths is not None,
