@@ -31,17 +31,18 @@ class DecayingNoise(ActionNoise):
     :param std: standard deviation in the first episodes
     :param decay: factor an episode
     :param least: standard deviation that is never undercut
+    :param warm_up: episodes of it
     """
 
-    def __init__(self, size: int, std: float = 0.5, decay: float = 0.98, least: float = 0.05):
+    def __init__(self, size: int, std: float = 0.5, decay: float = 0.98, least: float = 0.05, warm_up: int = WARM_UP_EPISODES):
         super().__init__()
-        self.size, self.std, self.decay, self.least = size, std, decay, least
+        self.size, self.std, self.decay, self.least, self.warm_up = size, std, decay, least, warm_up
         self.episodes = -1
 
     def __call__(self) -> np.ndarray:
-        if self.episodes < WARM_UP_EPISODES:
+        if self.episodes < self.warm_up:
             return np.zeros(self.size, np.float32)
-        std = self.std * self.decay ** (self.episodes - WARM_UP_EPISODES)
+        std = self.std * self.decay ** (self.episodes - self.warm_up)
         return np.random.normal(0.0, max(std, self.least), self.size).astype(np.float32)
 
     def reset(self) -> None:
@@ -49,18 +50,19 @@ class DecayingNoise(ActionNoise):
         self.episodes += 1
 
 
-def hyperparameters(name: str, horizon: int) -> dict:
+def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES) -> dict:
     """Keyword arguments for the algorithm.
 
     With ``gamma = 1`` and n-step returns over the whole episode, every sampled transition is learned from the certifier's
     reward itself and not from a bootstrapped guess at it; an episode is followed by as many gradient steps as it had steps.
 
     :param horizon: steps of an episode
+    :param warm_up: episodes of random actions before the first gradient step
     """
     common = {
         "learning_rate": 1e-3,
         "buffer_size": 2_000 * horizon,
-        "learning_starts": WARM_UP_EPISODES * horizon - 1,  # SB3 trains once it has *more* steps than this
+        "learning_starts": max(warm_up * horizon - 1, 0),  # SB3 trains once it has *more* steps than this
         "batch_size": 64,
         "tau": 0.01,
         "gamma": 1.0,
@@ -73,16 +75,17 @@ def hyperparameters(name: str, horizon: int) -> dict:
     return common | ({"ent_coef": "auto_0.1", "target_entropy": -2.0} if name == "sac" else {})
 
 
-def build_agent(name: str, env, *, seed: int, device: str) -> OffPolicyAlgorithm:
+def build_agent(name: str, env, *, seed: int, device: str, warm_up: int = WARM_UP_EPISODES) -> OffPolicyAlgorithm:
     """An untrained agent for ``env``.
 
+    :param warm_up: episodes of random actions before the first gradient step (not of "arq")
     :raises ArqError: for an unknown algorithm
     """
     if name == "arq":
         return build_haq_agent(Monitor(HaqEnv(env.unwrapped)), seed=seed, device=device)
     if name not in ALGORITHMS:
         raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(AGENTS)}")
-    settings = hyperparameters(name, env.get_wrapper_attr("horizon"))
+    settings = hyperparameters(name, env.get_wrapper_attr("horizon"), warm_up)
     if name != "sac":  # SAC's own policy is random
-        settings["action_noise"] = DecayingNoise(env.action_space.shape[0])
+        settings["action_noise"] = DecayingNoise(env.action_space.shape[0], warm_up=warm_up)
     return ALGORITHMS[name]("MlpPolicy", Monitor(env), seed=seed, device=device, **settings)

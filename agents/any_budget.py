@@ -85,7 +85,7 @@ def train_for_any_budget(
     folder, drawn = Path(folder), DrawnBudget(env, *budgets)
     known = open_folder(folder, algorithm, env, episodes, seed, (config or {}) | {"budgets": list(budgets)})
     with start(folder, env, episodes, known, progress=progress) as recorder:
-        return learn(algorithm, drawn, recorder, folder, seed, device)
+        return learn(algorithm, drawn, recorder, folder, seed, device, until=episodes)
 
 
 def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:

@@ -23,7 +23,7 @@ ACTIVATION_WEIGHTS = (1.0, 0.5, 2.0, 0.25, 4.0, 0.7, 1.4, 0.35, 2.8, 0.125, 8.0)
 
 def uniform_bits(env, rng: np.random.Generator) -> Proposals:
     """The same bits in every free layer: each pair that no other affordable pair exceeds, dearest first."""
-    pairs = [pair for pair in product(WIDTHS, WIDTHS) if _affordable(env, uniform(env.layers, *pair, env.end_bits))]
+    pairs = [pair for pair in product(WIDTHS, WIDTHS) if affordable(env, uniform(env.layers, *pair, env.end_bits))]
     best = [p for p in pairs if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in pairs)]
     for weight, activation in sorted(best, key=lambda pair: (-pair[0] * pair[1], pair)):
         yield uniform(env.layers, weight, activation, env.end_bits)
@@ -44,7 +44,7 @@ def greedy(env, rng: np.random.Generator) -> Proposals:
         pairs = {a.name: Bits(bits[a.name, "weight"], bits.get((a.name, "activation"), MAX_BITS)) for a in env.free_layers}
         return complete(pairs, env.layers, env.end_bits)
 
-    while not _affordable(env, as_map(bits)):
+    while not affordable(env, as_map(bits)):
         cost = bops(as_map(bits), env.layers)
 
         def price(place, cost=cost):
@@ -142,7 +142,8 @@ def _optuna(env, sampler, rng) -> Proposals:
         study.tell(trial, reward)
 
 
-def _affordable(env, bit_widths: BitWidthMap) -> bool:
+def affordable(env, bit_widths: BitWidthMap) -> bool:
+    """Whether a map is within the environment's budget."""
     return bops(bit_widths, env.layers) <= env.default_budget.limit
 
 

@@ -1,14 +1,16 @@
 """Several searches on one problem at equal cost: how to run them so that they share evaluations, and how to read them."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from agents.algorithms import ALGORITHMS
-from agents.baselines import BASELINES, WITH_SENSITIVITIES
+from agents.baselines import BASELINES
 from agents.haq import cached_samples
+from agents.levers import split_method, uses_sensitivities
 from agents.run_folder import evaluation_identity
 from agents.search import search
 from agents.trace import Episode, read_trace
@@ -21,21 +23,28 @@ from arq_env.problem import CALIBRATION_IMAGES
 from arq_env.provenance import provenance
 from arq_env.sensitivity import forward_passes
 
-METHODS = (*BASELINES, "arq", *ALGORITHMS)
-#: Searches that come out the same with every seed.
-DETERMINISTIC = ("uniform", "greedy", "integer_program")
+#: What is compared by default.
+METHODS = (*BASELINES, "integer_program+exchange", "arq", *ALGORITHMS, "td3+features+demonstrations+exchange")
+
+
+def is_deterministic(method: str) -> bool:
+    """Whether a search comes out the same with every seed."""
+    return split_method(method)[0] in ("uniform", "greedy", "integer_program")
 
 
 def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, store: Path, config: dict) -> None:
     """Run or resume one search as :func:`agents.search.search` does, but maps evaluated alike anywhere below ``store`` are free.
 
+    :param episodes: evaluations, of which those count that the search needs before its first map (:func:`setup_cost`)
     :param config: as for :func:`agents.search.search`
     """
     evaluator = env.get_wrapper_attr("evaluator")
     recall(evaluator, store)
-    if method in WITH_SENSITIVITIES:
+    if uses_sensitivities(method):
         share_sensitivities(evaluator, store)
-    search(method, env, episodes=episodes, folder=folder, seed=seed, progress=False, config=config)
+    episodes = max(episodes - math.ceil(setup_cost(method, env)), 1)
+    options = {"confirming_steps": 0, "progress": False, "config": config}  # fine-tuning would cost what no evaluation counts
+    search(method, env, episodes=episodes, folder=folder, seed=seed, **options)
 
 
 def recall(evaluator: Evaluator, store: Path) -> None:
@@ -63,7 +72,7 @@ def setup_cost(method: str, env) -> float:
     """What a search measures before its first map, in evaluations by forward passes."""
     evaluator = env.get_wrapper_attr("evaluator")
     evaluation = CALIBRATION_IMAGES + evaluator.settings.forward_passes
-    if method in WITH_SENSITIVITIES:
+    if uses_sensitivities(method):
         return forward_passes(evaluator.problem) / evaluation
     return cached_samples(evaluator.settings) / evaluation if method == "arq" else 0.0
 

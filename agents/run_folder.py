@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from agents.algorithms import ALGORITHMS, DecayingNoise, hyperparameters
+from agents.levers import split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
 from arq_env.errors import ArqError
@@ -54,10 +55,11 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     if episodes < 1:
         raise ArqError(f"{episodes} episodes were asked for: give at least 1")
     settings = {}
-    if algorithm in ALGORITHMS:
-        settings = hyperparameters(algorithm, env.get_wrapper_attr("horizon"))
+    name, levers = split_method(algorithm)
+    if name in ALGORITHMS:
+        settings = hyperparameters(name, env.get_wrapper_attr("horizon"))
         settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
-        settings["action_noise"] = None if algorithm == "sac" else vars(DecayingNoise(2))
+        settings["action_noise"] = None if name == "sac" else vars(DecayingNoise(2))
     config = config | {
         "algorithm": algorithm,
         "seed": seed,
@@ -66,6 +68,8 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
         "hyperparameters": settings,
         **evaluation_identity(env.get_wrapper_attr("evaluator")),
     }
+    if "exchange" in levers:
+        config["episodes"] = episodes  # they decide where it begins, so such a search cannot be made longer
     config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file
     path = folder / "config.json"
     if not path.exists():

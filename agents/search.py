@@ -9,13 +9,13 @@ import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from tqdm import tqdm
 
-from agents.algorithms import AGENTS, build_agent
-from agents.baselines import BASELINES
+from agents.algorithms import AGENTS, WARM_UP_EPISODES, build_agent
+from agents.baselines import BASELINES, Proposals
 from agents.callbacks import RecordEpisodes
+from agents.levers import EXCHANGES, SensitivityFeatures, demonstrate, exchange, split_method
 from agents.recorder import Recorder
 from agents.run_folder import export_map, open_folder
 from agents.trace import Episode
-from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file
 from arq_env.finetuning import finish_briefly
@@ -34,6 +34,7 @@ def search(
     folder: Path,
     seed: int = 0,
     device: str = "cpu",
+    confirming_steps: int = CONFIRMING_STEPS,
     progress: bool = True,
     config: dict | None = None,
 ) -> Episode:
@@ -45,26 +46,30 @@ def search(
     time (but see :class:`agents.haq.HaqEnv`); so a killed and resumed search ends exactly where an uninterrupted one does. More
     ``episodes`` than before extend it, and one that has come to its end is left as it is.
 
-    :param algorithm: one of :data:`agents.algorithms.AGENTS` or :data:`agents.baselines.BASELINES`; of the latter some
-        end before all episodes are used
+    :param algorithm: one of :data:`agents.algorithms.AGENTS` or :data:`agents.baselines.BASELINES`, and what :mod:`agents.levers`
+        adds, such as ``td3+features``; some of the baselines end before all episodes are used
     :param env: a single :class:`arq_env.env.ArqEnv`, wrapped or not
     :param folder: the run folder; it may hold an earlier part of the same search, and nothing else
     :param device: of the agent
+    :param confirming_steps: as for :func:`confirm`
     :param config: written to ``config.json`` beside the settings of the search; two runs are the same when it is equal
     :raises ArqError: for an unknown algorithm, when the folder holds another search, and when there is no episode to run
     """
-    if algorithm not in (*AGENTS, *BASELINES):
-        raise ArqError(f"there is no algorithm {algorithm!r}: choose one of {', '.join((*AGENTS, *BASELINES))}")
+    name, levers = split_method(algorithm)
     folder = Path(folder)
     known = open_folder(folder, algorithm, env, episodes, seed, config or {})
     if (exported := _exported(folder, episodes)) is not None and exported <= len(known):
         return known[exported - 1]
     with start(folder, env, episodes, known, progress=progress) as recorder:
-        if algorithm in AGENTS:
-            learn(algorithm, env, recorder, folder, seed, device)
+        until = max(episodes - EXCHANGES, 1) if "exchange" in levers else episodes
+        if name in AGENTS:
+            learn(name, env, recorder, folder, seed, device, levers=levers, until=until)
         else:
-            _propose(algorithm, env.unwrapped, recorder, seed)
-    best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), progress=progress)
+            _propose(BASELINES[name](env.unwrapped, np.random.default_rng(seed)), env.unwrapped, recorder, until)
+        if "exchange" in levers:
+            known = {tuple(episode.bit_widths.items()): episode.reward for episode in recorder.done}
+            _propose(exchange(env.unwrapped, known), env.unwrapped, recorder, episodes)
+    best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), confirming_steps, progress=progress)
     told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
     metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
     export_map(folder, env, best.bit_widths, env.get_wrapper_attr("default_budget").fraction, metrics)
@@ -89,23 +94,29 @@ def start(folder: Path, env, episodes: int, known: list[Episode], *, progress: b
     return Recorder(folder, env.get_wrapper_attr("layers"), episodes, known, progress=progress)
 
 
-def learn(algorithm: str, env, recorder: Recorder, folder: Path, seed: int, device: str) -> OffPolicyAlgorithm:
-    """Train an agent for as many episodes as the recorder expects; leave it in ``agent.zip``."""
-    agent = build_agent(algorithm, env, seed=seed, device=device)
+def learn(
+    name: str, env, recorder: Recorder, folder: Path, seed: int, device: str, *, levers: tuple[str, ...] = (), until: int
+) -> OffPolicyAlgorithm:
+    """Train an agent until the recorder has so many episodes; leave it in ``agent.zip``."""
+    if "features" in levers:
+        env = SensitivityFeatures(env)
+    agent = build_agent(name, env, seed=seed, device=device, warm_up=0 if "demonstrations" in levers else WARM_UP_EPISODES)
     agent.set_logger(recorder.logger)
+    if "demonstrations" in levers:
+        demonstrate(agent, recorder, until)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You specified a buffer size")
-        agent.learn(recorder.episodes * agent.env.get_attr("horizon")[0], callback=RecordEpisodes(recorder), log_interval=1)
+        steps = (until - len(recorder.done)) * agent.env.get_attr("horizon")[0]
+        agent.learn(steps, callback=RecordEpisodes(recorder), log_interval=1)
     with atomic_file(folder / "agent.zip") as file:
         agent.save(file)
     return agent
 
 
-def _propose(algorithm: str, env, recorder: Recorder, seed: int) -> None:
+def _propose(proposals: Proposals, env, recorder: Recorder, until: int) -> None:
     """Give a baseline the reward of each map that it proposes, until it or the recorder has had enough."""
-    proposals = BASELINES[algorithm](env, np.random.default_rng(seed))
     reward = None
-    while len(recorder.done) < recorder.episodes:
+    while len(recorder.done) < until:
         try:
             bit_widths = proposals.send(reward)
         except StopIteration:
@@ -114,11 +125,13 @@ def _propose(algorithm: str, env, recorder: Recorder, seed: int) -> None:
         recorder.logger.dump(len(recorder.done) * env.horizon)
 
 
-def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = True) -> tuple[Episode, dict]:
+def confirm(
+    episodes: list[Episode], evaluator: Evaluator, steps: int = CONFIRMING_STEPS, *, progress: bool = True
+) -> tuple[Episode, dict]:
     """Choose among the five maps with the highest rewards, on images that the search did not use.
 
-    Where rewards only foretell what fine-tuning leaves (``regained_bits``), the five are fine-tuned briefly.
-
+    :param steps: batches of fine-tuning that each of the five gets before, where rewards only foretell what fine-tuning leaves
+        (``regained_bits``); with 0 they are judged as the search judged them
     :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those images
     """
     distinct: dict[tuple, Episode] = {}
@@ -128,13 +141,13 @@ def confirm(episodes: list[Episode], evaluator: Evaluator, *, progress: bool = T
     judge = evaluator.second_opinion()
     if judge is None:
         return candidates[0], {}
-    acr, steps = {}, CONFIRMING_STEPS if evaluator.settings.regained_bits else 0
+    acr, steps = {}, steps if evaluator.settings.regained_bits else 0
     for episode in tqdm(candidates, desc="confirming", unit="map", disable=not progress):
         if steps:
-            network = partial(finish_briefly, evaluator, episode.bit_widths, steps)
+            judged = judge.measure(partial(finish_briefly, evaluator, episode.bit_widths, steps))
         else:
-            network = partial(evaluator.quantizer.quantize, episode.bit_widths)
-        acr[episode.episode] = judge.measure(network).acr
+            judged = judge.evaluate(episode.bit_widths)
+        acr[episode.episode] = judged.acr
     best = max(candidates, key=lambda episode: acr[episode.episode])
     settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n")} | {"confirmed_steps": steps}
     return best, {"confirmed_acr": acr[best.episode], "confirmed_reference_acr": judge.reference.acr, **settings}

@@ -116,6 +116,11 @@ class ArqEnv(gymnasium.Env):
         """Steps of an episode: one a free layer."""
         return len(self.free_layers)
 
+    @property
+    def step_count(self) -> int:
+        """Steps of this episode so far."""
+        return len(self._chosen)
+
     def _start(self, budget: BopsBudget) -> None:
         self.budget = budget
         self._chosen: dict[str, Bits] = {}
@@ -133,7 +138,7 @@ class ArqEnv(gymnasium.Env):
 
     def step(self, action):
         """Give the current layer its bits; the last step quantizes and certifies."""
-        step = len(self._chosen)
+        step = self.step_count
         if step == self.horizon:
             raise gymnasium.error.ResetNeeded("the episode is over: call reset() before the next step")
         layer = self.free_layers[step]
@@ -152,6 +157,18 @@ class ArqEnv(gymnasium.Env):
         for layer, action in zip(self.free_layers, actions, strict=True):
             chosen[layer.name] = next_bits(action, budget, chosen)
         return complete(chosen, self.layers, self.end_bits)
+
+    def encode(self, bit_widths: BitWidthMap) -> np.ndarray:
+        """The actions whose episode, at the environment's own budget, ends with a map, or near it where they reach no further.
+
+        :return: float32 [free layers, 2], what :meth:`decode` takes
+        """
+        budget, chosen, actions = self.default_budget, {}, []
+        for layer in self.free_layers:
+            action = (np.array(bit_widths[layer.name]) - even_bits(budget, chosen)) / REACH
+            actions.append(np.clip(action, -1, 1).astype(np.float32))
+            chosen[layer.name] = next_bits(actions[-1], budget, chosen)
+        return np.stack(actions)
 
     def judge(self, bit_widths: BitWidthMap) -> dict:
         """The info of a whole map, as the last step gives it, ``reward`` included; the budget is not checked.
@@ -195,9 +212,14 @@ def next_bits(action, budget: BopsBudget, chosen: BitWidthMap) -> Bits:
     weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
     if not (math.isfinite(weight) and math.isfinite(activation)):
         raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
-    share = min(math.sqrt(budget.even_share(chosen)), MAX_BITS)  # so that a large budget leaves a choice
+    share = even_bits(budget, chosen)
     bits = (math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation))
     return budget.fit(Bits(*bits), chosen)
+
+
+def even_bits(budget: BopsBudget, chosen: BitWidthMap) -> float:
+    """The bits that all remaining layers could have alike; at most 8, so that a large budget leaves a choice."""
+    return min(math.sqrt(budget.even_share(chosen)), MAX_BITS)
 
 
 def make_env(

@@ -20,11 +20,12 @@ import torch
 from tqdm import tqdm
 
 from agents.baselines import WITH_OPTUNA, import_optuna
-from agents.compare import DETERMINISTIC, METHODS, best_so_far, finished_radii, reaches, run_search, setup_cost
+from agents.compare import METHODS, best_so_far, finished_radii, is_deterministic, reaches, run_search, setup_cost
+from agents.levers import split_method
 from agents.main import add_environment, make_env
 from agents.search import CONFIRMING_STEPS
 from agents.trace import count_episodes, read_trace
-from arq_env import ArqError, command_line
+from arq_env import command_line
 from arq_env.bitwidths import load_map
 from arq_env.comparison import FP32, TestSettings
 from arq_env.files import write_json
@@ -33,7 +34,13 @@ from arq_env.provenance import provenance
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD",
+        help="searches, each with what agents/levers.py adds, such as td3+features",
+    )
     parser.add_argument("--seeds", type=command_line.whole(1), default=3, help="runs of each search that draws at random")
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
@@ -46,9 +53,7 @@ def parse():
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
     options = parser.parse_args()
     for method in options.methods:
-        if method not in METHODS:
-            raise ArqError(f"there is no search {method!r}: choose of {', '.join(METHODS)}")
-        if method in WITH_OPTUNA:
+        if split_method(method)[0] in WITH_OPTUNA:
             import_optuna()
     return options
 
@@ -57,7 +62,7 @@ def main():
     options = parse()
     env = make_env(options)  # before any worker starts, so that mistakes come first
     runs = [
-        (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or method not in DETERMINISTIC
+        (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or not is_deterministic(method)
     ]
     folders = {run: options.output / f"budget{options.budget:g}" / "{}-seed{}".format(*run) for run in runs}
     # leaving the block ends the workers at once, also for Ctrl-C or an error
@@ -207,7 +212,7 @@ def plot(document: dict, path: Path) -> None:
     for method, found in document["methods"].items():
         mean, error = np.array(found["mean"], float), np.array(found["standard_error"])
         evaluations = np.arange(1, len(mean) + 1)
-        (line,) = axes.plot(evaluations, mean, label=method, linestyle="--" if method in DETERMINISTIC else "-")
+        (line,) = axes.plot(evaluations, mean, label=method, linestyle="--" if is_deterministic(method) else "-")
         axes.fill_between(evaluations, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0)
     settings = document["settings"]
     axes.set(xlabel="evaluations", ylabel="best reward so far", title=f"{settings['env']}, {settings['budget']:.3%} of FP32's BOPs")

@@ -53,17 +53,18 @@ def test_the_exported_map_is_chosen_on_other_images(tmp_path):
     assert confirm(episodes, everything.evaluator, progress=False)[0].reward == max(e.reward for e in episodes)
 
 
-def test_where_fine_tuning_is_foretold_the_best_maps_are_fine_tuned(tmp_path, monkeypatch):
+def test_where_fine_tuning_is_foretold_the_best_maps_are_fine_tuned(tmp_path):
     env = make_toy_env(regained_bits=1)
-    search_toy(tmp_path, "random", episodes=7, env=env)
-    monkeypatch.setattr("agents.search.CONFIRMING_STEPS", 20)
+    search_toy(tmp_path, "random", episodes=7, env=env, confirming_steps=2)
     episodes = read_trace(tmp_path / "trace.jsonl")
-    best, confirmed = confirm(episodes, env.evaluator, progress=False)
+    best, confirmed = confirm(episodes, env.evaluator, 20, progress=False)
     judge = env.evaluator.second_opinion()
     finished = [judge.measure(partial(finish_briefly, env.evaluator, e.bit_widths, 20)).acr for e in episodes]
     top = np.argsort([-e.reward for e in episodes], kind="stable")[:CANDIDATES]
     assert confirmed["confirmed_acr"] == max(finished[i] for i in top) == finished[best.episode - 1]
     assert confirmed["confirmed_steps"] == 20 and finished[best.episode - 1] != judge.evaluate(best.bit_widths).acr
+    as_judged, confirmed = confirm(episodes, env.evaluator, 0, progress=False)
+    assert confirmed["confirmed_steps"] == 0 and confirmed["confirmed_acr"] == judge.evaluate(as_judged.bit_widths).acr
 
 
 def test_tensorboard_has_what_the_readme_promises(tmp_path):

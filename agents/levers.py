@@ -1,0 +1,131 @@
+"""What can be added to a search, each by itself: ``td3+features+demonstrations+exchange`` is TD3 with all three.
+
+- ``features``: the agent sees what few bits would cost in the layer at hand.
+- ``demonstrations``: the maps of the integer program and of greedy are played first, in place of random episodes (Vecerik et
+  al. 2017, without the parts that change the agent's loss).
+- ``exchange``: the last evaluations go to neighbours of the best map. Any search can have this one.
+
+All start from measured sensitivities, as the integer program does.
+"""
+
+from itertools import chain, islice, product
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from agents.algorithms import AGENTS, ALGORITHMS
+from agents.baselines import BASELINES, WITH_SENSITIVITIES, Proposals, affordable, greedy, integer_program
+from agents.recorder import Recorder
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
+from arq_env.errors import ArqError
+from arq_env.sensitivity import MEASURED, places
+
+LEVERS = ("features", "demonstrations", "exchange")
+#: Evaluations that ``exchange`` keeps for itself.
+EXCHANGES = 50
+#: An effect of fewer nats than this looks like none to an agent.
+LEAST_EFFECT = 1e-5
+
+
+def split_method(method: str) -> tuple[str, tuple[str, ...]]:
+    """The search and the levers of a method such as ``td3+features``.
+
+    :raises ArqError: for an unknown search or lever, and for a lever that this search cannot have
+    """
+    name, *levers = method.split("+")
+    if name not in (*AGENTS, *BASELINES):
+        raise ArqError(f"there is no search {name!r}: choose of {', '.join((*BASELINES, *AGENTS))}")
+    for lever in levers:
+        if lever not in LEVERS:
+            raise ArqError(f"there is nothing called {lever!r} to add to {name}: choose of {', '.join(LEVERS)}")
+        if lever != "exchange" and name not in ALGORITHMS:
+            raise ArqError(f"{lever} cannot be added to {name}: only to {', '.join(ALGORITHMS)}")
+    return name, tuple(levers)
+
+
+def uses_sensitivities(method: str) -> bool:
+    """Whether a search measures the effect of few bits in each place before its first map."""
+    name, levers = split_method(method)
+    return name in WITH_SENSITIVITIES or bool(levers)
+
+
+class SensitivityFeatures(gymnasium.ObservationWrapper):
+    """Adds to the observation the effects of 2, 3 and 4 bits on the layer's weights, and of as many on what it reads.
+
+    :param env: an :class:`arq_env.env.ArqEnv`, wrapped or not; the six numbers are in [0, 1], on one logarithmic scale
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        base = env.unwrapped
+        effects, unpriced = base.evaluator.sensitivities, [0.0] * len(MEASURED)  # an earlier layer decides what this one reads
+        pairs = [[(layer.name, kind) for kind in Bits._fields] for layer in base.free_layers]
+        table = np.array([[e for place in pair for e in effects.get(place, unpriced)[: len(MEASURED)]] for pair in pairs])
+        scale = np.log(np.maximum(table, LEAST_EFFECT) / LEAST_EFFECT)
+        self._rows = (scale / max(scale.max(), 1e-12)).astype(np.float32)
+        seen = base.observation_space.shape[0] + self._rows.shape[1]
+        self.observation_space = spaces.Box(0, 1, (seen,), np.float32)
+
+    def observation(self, observation):
+        """The environment's row and the layer's effects; after the last step those of the last layer."""
+        return np.concatenate([observation, self._rows[min(self.unwrapped.step_count, len(self._rows) - 1)]])
+
+
+def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, until: int) -> None:
+    """Play the maps of the integer program and of greedy, as near as actions reach, into the agent's replay buffer.
+
+    :param until: episodes in the record at which to stop
+    """
+    (env,) = agent.env.envs
+    base = env.unwrapped
+    for bit_widths in islice(chain(integer_program(base, None), greedy(base, None)), until - len(recorder.done)):
+        observation, _ = env.reset()
+        for action in base.encode(bit_widths):
+            following, reward, terminated, _, info = env.step(action)
+            agent.replay_buffer.add(observation, following, action, np.array([reward]), np.array([terminated]), [{}])
+            observation = following
+        recorder.add(info)
+        recorder.logger.dump(len(recorder.done) * base.horizon)
+
+
+def exchange(env, known: dict[tuple, float]) -> Proposals:
+    """Neighbours of the best map so far: a bit less in one place, a bit more in another, or one of the two.
+
+    Of those within the budget and not met before, always the one whose sensitivities add up to least. Local search with the
+    integer program's objective as its guide.
+
+    :param known: maps (as tuples of items) and their rewards; what the generator is sent is added
+    """
+    decided = (None, *places(env.layers))
+    while True:
+        best = dict(max(known, key=known.get))
+        moves = product(decided, decided)
+        near = (_moved(env, best, down, up) for down, up in moves if down != up)
+        fresh = [found for found in near if found and tuple(found.items()) not in known and affordable(env, found)]
+        if not fresh:
+            return
+        bit_widths = min(fresh, key=lambda found: _total_effect(env, found))
+        known[tuple(bit_widths.items())] = yield bit_widths
+
+
+def _moved(env, bit_widths: BitWidthMap, down, up) -> BitWidthMap | None:
+    """A map with a bit less in one place and a bit more in another; None where a place has no such bits.
+
+    :param down, up: the places, or None
+    """
+    chosen = {layer.name: bit_widths[layer.name] for layer in env.free_layers}
+    for place, change in ((down, -1), (up, 1)):
+        if place is not None:
+            name, kind = place
+            bits = getattr(chosen[name], kind) + change
+            if not MIN_BITS <= bits <= MAX_BITS:
+                return None
+            chosen[name] = chosen[name]._replace(**{kind: bits})
+    return complete(chosen, env.layers, env.end_bits)
+
+
+def _total_effect(env, bit_widths: BitWidthMap) -> float:
+    effects = env.evaluator.sensitivities.items()
+    return sum(effect[getattr(bit_widths[name], kind) - MIN_BITS] for (name, kind), effect in effects)

@@ -1,0 +1,129 @@
+"""What can be added to a search."""
+
+import json
+
+import numpy as np
+import pytest
+from stable_baselines3.common.env_checker import check_env
+
+from agents.algorithms import build_agent
+from agents.baselines import greedy, integer_program
+from agents.levers import SensitivityFeatures, demonstrate, exchange, split_method
+from agents.recorder import Recorder
+from agents.trace import read_trace
+from arq_env import ArqError
+from arq_env.bitwidths import MIN_BITS, bops, bops_fraction
+from tests.toy import make_toy_env, outcome, search_toy
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        ("td4", "no search 'td4'"),
+        ("td3+luck", "nothing called 'luck'"),
+        ("random+features", "cannot be added to random"),
+        ("arq+demonstrations", "cannot be added to arq"),
+    ],
+)
+def test_unknown_methods(tmp_path, method, message):
+    with pytest.raises(ArqError, match=message):
+        search_toy(tmp_path, method)
+    assert split_method("td3+features+exchange") == ("td3", ("features", "exchange"))
+
+
+def test_features_are_those_of_the_layer_at_hand():
+    env = SensitivityFeatures(make_toy_env())
+    base, table = env.unwrapped, env.unwrapped.evaluator.sensitivities
+    seen = [env.reset()[0]]
+    for _ in range(base.horizon):
+        seen.append(env.step(np.zeros(2))[0])
+    rows = np.array(seen)[:, -6:]
+    assert (rows[-1] == rows[-2]).all() and rows.max() == 1 and rows.min() >= 0
+    effects = [
+        table[layer.name, kind][bits] for layer in base.free_layers for kind in ("weight", "activation") for bits in range(3)
+    ]
+    assert (np.argsort(rows[:-1].ravel(), kind="stable") == np.argsort(effects, kind="stable")).all()
+    check_env(env, skip_render_check=True)
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.03, 0.05])
+def test_encode_undoes_decode(budget):
+    env, rng = make_toy_env(budget=budget), np.random.default_rng(0)
+    for _ in range(50):
+        bit_widths = env.decode(rng.uniform(-1, 1, (env.horizon, 2)))
+        actions = env.encode(bit_widths)
+        assert env.decode(actions) == bit_widths and actions.dtype == np.float32 and np.abs(actions).max() <= 1
+
+
+def test_demonstrations_are_in_the_replay_buffer(tmp_path):
+    env = make_toy_env()
+    agent = build_agent("td3", env, seed=0, device="cpu", warm_up=0)
+    (tmp_path / "config.json").write_text("{}")
+    with Recorder(tmp_path, env.layers, 100, progress=False) as recorder:
+        agent.set_logger(recorder.logger)
+        demonstrate(agent, recorder, 100)
+        played = [env.decode(env.encode(m)) for m in (*integer_program(env, None), *greedy(env, None))]
+        assert [episode.bit_widths for episode in recorder.done] == played
+        ends = np.flatnonzero(agent.replay_buffer.dones[:, 0])
+        assert ends.tolist() == [(i + 1) * env.horizon - 1 for i in range(len(played))]
+        assert agent.replay_buffer.rewards[ends, 0] == pytest.approx([episode.reward for episode in recorder.done])
+        demonstrate(agent, recorder, len(played) + 1)
+        assert len(recorder.done) == len(played) + 1
+
+
+def test_exchange_climbs_within_the_budget():
+    """On a made-up reward with one summit, which it reaches."""
+    env = make_toy_env()
+    start = env.decode(np.zeros((env.horizon, 2)))
+    wish = env.decode(np.tile([-1.0, 1.0], (env.horizon, 1)))
+
+    def reward(bit_widths):
+        return -sum(abs(a - b) for name in wish for a, b in zip(bit_widths[name], wish[name], strict=True))
+
+    known = {tuple(start.items()): reward(start)}
+    proposals, told, met = exchange(env, known), None, 0
+    for _ in range(400):
+        try:
+            bit_widths = proposals.send(told)
+        except StopIteration:
+            break
+        assert tuple(bit_widths.items()) not in known and bops_fraction(bit_widths, env.layers) <= 0.03
+        told, met = reward(bit_widths), met + 1
+    assert max(known.values()) == 0 > reward(start) and len(known) == met + 1
+
+
+def test_exchange_tries_what_seems_to_cost_least_first():
+    env = make_toy_env()
+    start = next(integer_program(env, None))
+    effects = env.evaluator.sensitivities.items()
+    first = next(exchange(env, {tuple(start.items()): 0.0}))
+    changed = [(name, kind) for name in start for kind in (0, 1) if first[name][kind] != start[name][kind]]
+    assert 1 <= len(changed) <= 2 and bops(first, env.layers) <= env.default_budget.limit
+
+    def total(bit_widths):
+        return sum(effect[getattr(bit_widths[name], kind) - MIN_BITS] for (name, kind), effect in effects)
+
+    assert total(first) >= total(start)
+
+
+@pytest.mark.parametrize(
+    "method", ["td3+features", "sac+demonstrations", "ddpg+features+demonstrations+exchange", "random+exchange"]
+)
+def test_a_killed_search_ends_the_same(tmp_path, method, monkeypatch):
+    monkeypatch.setattr("agents.search.EXCHANGES", 5)
+    search_toy(tmp_path / "whole", method, 24)
+    trace = tmp_path / "cut" / "trace.jsonl"
+    search_toy(tmp_path / "cut", method, 24)
+    kept = trace.read_text().splitlines(keepends=True)[:15]
+    (tmp_path / "cut" / "bit_widths.json").unlink()
+    trace.write_text("".join(kept))
+    search_toy(tmp_path / "cut", method, 24)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole") and len(read_trace(trace)) == 24
+    assert all(episode.bops_fraction <= 0.03 for episode in read_trace(trace))
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["algorithm"] == method
+
+
+def test_a_search_that_ends_in_exchanges_cannot_be_made_longer(tmp_path):
+    search_toy(tmp_path, "integer_program+exchange", 12)
+    with pytest.raises(ArqError, match="differs in episodes"):
+        search_toy(tmp_path, "integer_program+exchange", 13)
