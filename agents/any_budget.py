@@ -1,5 +1,6 @@
 """One agent for every budget: it learns on budgets drawn anew for each episode, and then answers for any of them."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -8,11 +9,16 @@ import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.algorithms import ALGORITHMS
+from agents.baselines import least_sensitive
+from agents.levers import SensitivityFeatures, split_method
 from agents.run_folder import open_folder
 from agents.search import learn, start
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, bops_fraction, uniform
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap, bops_fraction, uniform
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
+
+#: Budgets that demonstrations are made for, and weights of activations in the integer program there.
+DEMONSTRATED, DEMONSTRATED_WEIGHTS = 12, (1.0, 0.5, 2.0)
 
 
 class DrawnBudget(gymnasium.Wrapper):
@@ -78,14 +84,30 @@ def train_for_any_budget(
 
     The folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/`` and ``agent.zip``.
 
+    :param algorithm: of stable-baselines3, and what :mod:`agents.levers` adds but ``exchange``, such as ``td3+features``;
+        ``demonstrations`` are the integer program's maps for :data:`DEMONSTRATED` budgets
     :param budgets: least and greatest fraction of FP32's bit operations
     """
-    if algorithm not in ALGORITHMS:
-        raise ArqError(f"there is no algorithm {algorithm!r} for drawn budgets: choose one of {', '.join(ALGORITHMS)}")
+    name, levers = split_method(algorithm)
+    if name not in ALGORITHMS or "exchange" in levers:
+        raise ArqError(f"{algorithm!r} cannot be trained on drawn budgets: choose one of {', '.join(ALGORITHMS)}, without exchange")
     folder, drawn = Path(folder), DrawnBudget(env, *budgets)
     known = open_folder(folder, algorithm, env, episodes, seed, (config or {}) | {"budgets": list(budgets)})
+    shown = _demonstrations(env.unwrapped, budgets) if "demonstrations" in levers else ()
     with start(folder, env, episodes, known, progress=progress) as recorder:
-        return learn(algorithm, drawn, recorder, folder, seed, device, until=episodes)
+        return learn(name, drawn, recorder, folder, seed, device, levers=levers, shown=shown, until=episodes)
+
+
+def _demonstrations(env, budgets: tuple[float, float]) -> Iterator[tuple[float, BitWidthMap]]:
+    for fraction in np.geomspace(*budgets, DEMONSTRATED).clip(*budgets).tolist():
+        budget = BopsBudget(env.layers, fraction, env.end_bits)
+        for weight in DEMONSTRATED_WEIGHTS:
+            yield fraction, least_sensitive(env, env.evaluator.sensitivities, weight, budget)
+
+
+def wrapped_for(agent: OffPolicyAlgorithm, env):
+    """An environment as an agent saw it in training: with sensitivity features, where it learned on them."""
+    return env if agent.observation_space == env.observation_space else SensitivityFeatures(env)
 
 
 def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
@@ -93,6 +115,7 @@ def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
 
     :param env: of the network and noise that the agent learned on, or of others
     """
+    env = wrapped_for(agent, env)
     observation, _ = env.reset(options={"budget": budget})
     terminated = False
     while not terminated:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, uniform
+from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
 from arq_env.sensitivity import Sensitivities
 
@@ -69,8 +70,13 @@ def integer_program(env, rng: np.random.Generator) -> Proposals:
             yield bit_widths
 
 
-def least_sensitive(env, sensitivities: Sensitivities, activation_weight: float = 1.0) -> BitWidthMap:
-    """The map within the budget whose sensitivities, those of activations times ``activation_weight``, add up to least."""
+def least_sensitive(
+    env, sensitivities: Sensitivities, activation_weight: float = 1.0, budget: BopsBudget | None = None
+) -> BitWidthMap:
+    """The map within a budget whose sensitivities, those of activations times ``activation_weight``, add up to least.
+
+    :param budget: the environment's own, if none is given
+    """
     free, pairs = env.free_layers, list(product(WIDTHS, WIDTHS))
     rows = {layer.name: row for row, layer in enumerate(free)}
     losses, costs = np.zeros((len(free), len(pairs))), np.zeros((len(free), len(pairs)), np.int64)
@@ -79,7 +85,7 @@ def least_sensitive(env, sensitivities: Sensitivities, activation_weight: float 
         activations = sensitivities.get((layer.name, "activation"), [0.0] * len(WIDTHS))
         losses[row] = [weights[w - MIN_BITS] + activation_weight * activations[a - MIN_BITS] for w, a in pairs]
         costs[row] = [layer.macs * w * a for w, a in pairs]
-    limit = env.default_budget.limit
+    limit = (budget or env.default_budget).limit
     for layer in env.layers:
         if layer.tied_to in rows and layer.name not in rows:  # an end whose activation bits a free layer decides
             costs[rows[layer.tied_to]] += [layer.macs * env.end_bits * a for _, a in pairs]

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,9 @@ from agents.levers import split_method, uses_sensitivities
 from agents.run_folder import evaluation_identity
 from agents.search import search
 from agents.trace import Episode, read_trace
-from arq_env.bitwidths import BitWidthMap
-from arq_env.comparison import TestSettings, certify_on_test_images
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256, write_json
-from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.problem import CALIBRATION_IMAGES
-from arq_env.provenance import provenance
 from arq_env.sensitivity import forward_passes
 
 #: What is compared by default.
@@ -75,26 +70,6 @@ def setup_cost(method: str, env) -> float:
     if uses_sensitivities(method):
         return forward_passes(evaluator.problem) / evaluation
     return cached_samples(evaluator.settings) / evaluation if method == "arq" else 0.0
-
-
-def finished_radii(
-    evaluator: Evaluator, bit_widths: BitWidthMap | None, folder: Path, *, steps: int, settings: TestSettings
-) -> np.ndarray:
-    """Certified radii of a map's network after a brief fine-tuning, on test images: what a search's map is worth in the end.
-
-    :param bit_widths: None for the FP32 network after the same fine-tuning
-    :param folder: where they are kept; what is there, made alike, is not made again
-    :param steps: batches of fine-tuning
-    :return: [images], in units of pixels in [0, 1], 0 where the prediction is wrong
-    """
-    problem = evaluator.problem
-    recipe = asdict(brief_recipe(problem, steps))
-    identity = [bit_widths, problem.digest, recipe, asdict(settings), provenance()["versions"]]
-    path = folder / f"{sha256(json.dumps(identity).encode())[:16]}.json"
-    if not path.exists():
-        certificates = certify_on_test_images(problem, finish_briefly(evaluator, bit_widths, steps), settings)
-        write_json(path, {"map": bit_widths, "radii": [round(float(radius), 5) for radius in certificates.certified_radius]})
-    return np.array(json.loads(path.read_text())["radii"])
 
 
 def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -> np.ndarray:

@@ -8,7 +8,8 @@
 All start from measured sensitivities, as the integer program does.
 """
 
-from itertools import chain, islice, product
+from collections.abc import Iterable, Iterator
+from itertools import chain, product
 
 import gymnasium
 import numpy as np
@@ -73,15 +74,20 @@ class SensitivityFeatures(gymnasium.ObservationWrapper):
         return np.concatenate([observation, self._rows[min(self.unwrapped.step_count, len(self._rows) - 1)]])
 
 
-def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, until: int) -> None:
-    """Play the maps of the integer program and of greedy, as near as actions reach, into the agent's replay buffer.
+def demonstrations(env) -> Iterator[tuple[float, BitWidthMap]]:
+    """The environment's budget and a map within it: those of the integer program, and greedy's."""
+    return product([env.default_budget.fraction], chain(integer_program(env, None), greedy(env, None)))
 
-    :param until: episodes in the record at which to stop
+
+def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tuple[float, BitWidthMap]]) -> None:
+    """Play maps, as near as actions reach, into an agent's replay buffer.
+
+    :param maps: each with the budget of its episode, as a fraction of FP32's bit operations
     """
     (env,) = agent.env.envs
     base = env.unwrapped
-    for bit_widths in islice(chain(integer_program(base, None), greedy(base, None)), until - len(recorder.done)):
-        observation, _ = env.reset()
+    for budget, bit_widths in maps:
+        observation, _ = env.reset(options={"budget": budget})
         for action in base.encode(bit_widths):
             following, reward, terminated, _, info = env.step(action)
             agent.replay_buffer.add(observation, following, action, np.array([reward]), np.array([terminated]), [{}])

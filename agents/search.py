@@ -2,7 +2,9 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ from tqdm import tqdm
 from agents.algorithms import AGENTS, WARM_UP_EPISODES, build_agent
 from agents.baselines import BASELINES, Proposals
 from agents.callbacks import RecordEpisodes
-from agents.levers import EXCHANGES, SensitivityFeatures, demonstrate, exchange, split_method
+from agents.levers import EXCHANGES, SensitivityFeatures, demonstrate, demonstrations, exchange, split_method
 from agents.recorder import Recorder
 from agents.run_folder import export_map, open_folder
 from agents.trace import Episode
+from arq_env.bitwidths import BitWidthMap
 from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file
 from arq_env.finetuning import finish_briefly
@@ -63,7 +66,8 @@ def search(
     with start(folder, env, episodes, known, progress=progress) as recorder:
         until = max(episodes - EXCHANGES, 1) if "exchange" in levers else episodes
         if name in AGENTS:
-            learn(name, env, recorder, folder, seed, device, levers=levers, until=until)
+            shown = demonstrations(env.unwrapped) if "demonstrations" in levers else ()
+            learn(name, env, recorder, folder, seed, device, levers=levers, shown=shown, until=until)
         else:
             _propose(BASELINES[name](env.unwrapped, np.random.default_rng(seed)), env.unwrapped, recorder, until)
         if "exchange" in levers:
@@ -95,15 +99,26 @@ def start(folder: Path, env, episodes: int, known: list[Episode], *, progress: b
 
 
 def learn(
-    name: str, env, recorder: Recorder, folder: Path, seed: int, device: str, *, levers: tuple[str, ...] = (), until: int
+    name: str,
+    env,
+    recorder: Recorder,
+    folder: Path,
+    seed: int,
+    device: str,
+    *,
+    levers: tuple[str, ...],
+    shown: Iterable[tuple[float, BitWidthMap]],
+    until: int,
 ) -> OffPolicyAlgorithm:
-    """Train an agent until the recorder has so many episodes; leave it in ``agent.zip``."""
+    """Train an agent until the recorder has so many episodes; leave it in ``agent.zip``.
+
+    :param shown: for ``demonstrations``, as :func:`agents.levers.demonstrate` takes them
+    """
     if "features" in levers:
         env = SensitivityFeatures(env)
     agent = build_agent(name, env, seed=seed, device=device, warm_up=0 if "demonstrations" in levers else WARM_UP_EPISODES)
     agent.set_logger(recorder.logger)
-    if "demonstrations" in levers:
-        demonstrate(agent, recorder, until)
+    demonstrate(agent, recorder, islice(shown, until - len(recorder.done)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You specified a buffer size")
         steps = (until - len(recorder.done)) * agent.env.get_attr("horizon")[0]

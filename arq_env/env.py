@@ -159,15 +159,15 @@ class ArqEnv(gymnasium.Env):
         return complete(chosen, self.layers, self.end_bits)
 
     def encode(self, bit_widths: BitWidthMap) -> np.ndarray:
-        """The actions whose episode, at the environment's own budget, ends with a map, or near it where they reach no further.
+        """The actions of an episode at the present budget that ends with a map, or near it where they reach no further.
 
-        :return: float32 [free layers, 2], what :meth:`decode` takes
+        :return: float32 [free layers, 2], each as for :meth:`step`
         """
-        budget, chosen, actions = self.default_budget, {}, []
+        chosen, actions = {}, []
         for layer in self.free_layers:
-            action = (np.array(bit_widths[layer.name]) - even_bits(budget, chosen)) / REACH
+            action = (np.array(bit_widths[layer.name]) - even_bits(self.budget, chosen)) / REACH
             actions.append(np.clip(action, -1, 1).astype(np.float32))
-            chosen[layer.name] = next_bits(actions[-1], budget, chosen)
+            chosen[layer.name] = next_bits(actions[-1], self.budget, chosen)
         return np.stack(actions)
 
     def judge(self, bit_widths: BitWidthMap) -> dict:

@@ -8,26 +8,21 @@ a search can win its reward and lose the network. Stop it at any time: the same 
 
 import json
 import multiprocessing
-import os
-import signal
-import threading
-from multiprocessing import connection
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from agents.baselines import WITH_OPTUNA, import_optuna
-from agents.compare import METHODS, best_so_far, finished_radii, is_deterministic, reaches, run_search, setup_cost
+from agents.compare import METHODS, best_so_far, is_deterministic, reaches, run_search, setup_cost
+from agents.finishing import add_finishing, finish, start_worker
 from agents.levers import split_method
 from agents.main import add_environment, make_env
-from agents.search import CONFIRMING_STEPS
 from agents.trace import count_episodes, read_trace
 from arq_env import command_line
 from arq_env.bitwidths import load_map
-from arq_env.comparison import FP32, TestSettings
+from arq_env.comparison import FP32
 from arq_env.files import write_json
 from arq_env.provenance import provenance
 
@@ -45,11 +40,7 @@ def parse():
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
-    parser.add_argument(
-        "--steps", type=command_line.whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each exported map"
-    )
-    parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
-    parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
+    add_finishing(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
     options = parser.parse_args()
     for method in options.methods:
@@ -77,24 +68,12 @@ def main():
                 bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
                 bar.refresh()
         exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
-        finished = finish(pool, {FP32: None, **exported}, options)
+        finished = finish(pool, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
     name = f"comparison-budget{options.budget:g}"
     write_json(options.output / f"{name}.json", document)
     plot(document, options.output / f"{name}.png")
     print(table(document))
-
-
-def start_worker() -> None:
-    """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def search_one(run, folder: Path, options) -> None:
@@ -109,22 +88,6 @@ def search_one(run, folder: Path, options) -> None:
         store=options.output,
         config={"env": options.env},
     )
-
-
-def finish(pool, maps: dict, options) -> dict[object, np.ndarray]:
-    """Name to certified radii on test images of the finished map; a map that has two names is finished once."""
-    keys = {name: json.dumps(bit_widths) for name, bit_widths in maps.items()}
-    distinct = {key: maps[name] for name, key in keys.items()}
-    tasks = {key: pool.apply_async(finish_one, (bit_widths, options)) for key, bit_widths in distinct.items()}
-    radii = {key: task.get() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
-    return {name: radii[key] for name, key in keys.items()}
-
-
-def finish_one(bit_widths, options) -> np.ndarray:
-    """One map in a worker process."""
-    evaluator = make_env(options).get_wrapper_attr("evaluator")
-    settings = TestSettings(every=options.every, n0=32, n=options.n)
-    return finished_radii(evaluator, bit_widths, options.output / "finished", steps=options.steps, settings=settings)
 
 
 def summary(env, folders: dict, finished: dict, options) -> dict:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.algorithms import ALGORITHMS
 from agents.any_budget import map_for_budget, train_for_any_budget
 from agents.main import add_environment, make_env
 from agents.run_folder import export_map
@@ -19,7 +18,7 @@ from arq_env.provenance import provenance
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--algorithm", choices=list(ALGORITHMS), default="td3", help="of stable-baselines3")
+    parser.add_argument("--algorithm", default="td3", help="of stable-baselines3, and levers, such as td3+features+demonstrations")
     add_environment(parser, training="consistency", regained_bits=1)
     parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try, the first 20 at random")
     parser.add_argument("--low", type=float, default=0.005, help="smallest budget, as a fraction of FP32's bit operations")

@@ -7,18 +7,20 @@ from stable_baselines3.common.env_checker import check_env
 
 from agents.algorithms import WARM_UP_EPISODES
 from agents.any_budget import DrawnBudget, map_for_budget, train_for_any_budget
+from agents.baselines import least_sensitive
 from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import bops_fraction, uniform
+from arq_env.budget import BopsBudget
 from tests.toy import make_toy_env
 
 LOW, HIGH = 0.02, 0.06
 EPISODES = WARM_UP_EPISODES + 4
 
 
-def run(folder, episodes=EPISODES, **changes):
+def run(folder, episodes=EPISODES, algorithm="td3", **changes):
     options = {"episodes": episodes, "folder": folder, "progress": False} | changes
-    return train_for_any_budget("td3", make_toy_env(), (LOW, HIGH), **options)
+    return train_for_any_budget(algorithm, make_toy_env(), (LOW, HIGH), **options)
 
 
 def test_budgets_are_drawn_evenly_on_a_log_scale():
@@ -68,6 +70,20 @@ def test_one_agent_answers_for_every_budget(tmp_path):
     for other in (again, resumed):
         for mine, theirs in zip(agent.policy.parameters(), other.policy.parameters(), strict=True):
             assert (mine == theirs).all()
+
+
+def test_it_can_learn_from_the_integer_program_s_maps_at_many_budgets(tmp_path, monkeypatch):
+    monkeypatch.setattr("agents.any_budget.DEMONSTRATED", 3)
+    agent = run(tmp_path, 12, "td3+features+demonstrations")
+    env, shown = make_toy_env(), read_trace(tmp_path / "trace.jsonl")[:9]
+    for start, fraction in zip((0, 3, 6), np.geomspace(LOW, HIGH, 3), strict=True):
+        best = least_sensitive(env, env.evaluator.sensitivities, 1.0, BopsBudget(env.layers, fraction))
+        env.reset(options={"budget": fraction})
+        played = [env.step(action) for action in env.encode(best)][-1][-1]["bit_widths"]
+        assert shown[start].bit_widths == played and shown[start].bops_fraction <= fraction
+    assert map_for_budget(agent, env, 0.03)["bops_fraction"] <= 0.03
+    with pytest.raises(ArqError, match="without exchange"):
+        run(tmp_path / "b", algorithm="td3+exchange")
 
 
 def test_budgets_out_of_order(tmp_path):

@@ -59,6 +59,8 @@ def test_other_searches_run(tmp_path, name):
 def test_comparing_mistakes(called, tmp_path):
     assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+    assert_one_line_error(called("pareto", "--maps", "mine"), "mine names no file")
+    assert_one_line_error(called("pareto", "--maps", "mine", tmp_path / "none.json"), "none.json cannot be read")
     assert_one_line_error(called("train_any_budget", "--low", "0.03", "--high", "0.02", "--output", tmp_path / "x"), "low first")
     assert_one_line_error(called("train_any_budget", "--budgets", "0.2", "--output", tmp_path / "x"), "0.2 is not")
 
@@ -82,6 +84,15 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert (tmp_path / "comparison-budget0.007.png").exists()
     assert {path.name for path in (tmp_path / "budget0.007").iterdir()} == {"uniform-seed0", "random-seed0", "random-seed1"}
     assert script(*command).stdout == done.stdout
+
+    files = [str(tmp_path / "budget0.007" / f"random-seed{seed}" / "bit_widths.json") for seed in (0, 1)]
+    alike = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --steps 2 --every 100 --n 20")
+    output = tmp_path / "pareto.json"
+    curve = script("pareto", "--maps", "random", *files, *alike, "--store", tmp_path, "--output", output)
+    assert curve.returncode == 0 and curve.stdout.count("| random |") == 2, curve.stderr
+    rows = json.loads(output.read_text())["curves"]["random"]
+    assert sorted(row["ratio"] for row in rows) == pytest.approx(sorted(finished["random"])) and output.with_suffix(".png").exists()
+    assert len(list((tmp_path / "finished").iterdir())) == len({*finished["random"], *finished["uniform"], 1.0})
 
 
 @pytest.mark.slow

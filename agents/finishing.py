@@ -1,0 +1,88 @@
+"""What maps are worth once finished: each fine-tuned by one short recipe and certified on test images, in worker processes.
+
+A search can win its reward and lose the network; this is the number that counts. Options are those of a script that has called
+:func:`add_finishing` and :func:`agents.main.add_environment`.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import asdict
+from multiprocessing import connection
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from agents.main import make_env
+from agents.search import CONFIRMING_STEPS
+from arq_env import command_line
+from arq_env.bitwidths import BitWidthMap
+from arq_env.comparison import TestSettings, certify_on_test_images
+from arq_env.evaluation import Evaluator
+from arq_env.files import sha256, write_json
+from arq_env.finetuning import brief_recipe, finish_briefly
+from arq_env.provenance import provenance
+
+
+def add_finishing(parser) -> None:
+    """The options of the short recipe and of the certificates."""
+    parser.add_argument("--steps", type=command_line.whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
+    parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
+    parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
+
+
+def start_worker() -> None:
+    """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def finish(pool, maps: dict, options, store: Path) -> dict[object, np.ndarray]:
+    """Name to certified radii on test images of the finished map; a map that has two names is finished once.
+
+    :param pool: of workers that :func:`start_worker` has started
+    :param maps: name to map, None for the FP32 network after the same fine-tuning
+    :param store: folder where results are kept
+    """
+    keys = {name: json.dumps(bit_widths) for name, bit_widths in maps.items()}
+    distinct = {key: maps[name] for name, key in keys.items()}
+    tasks = {key: pool.apply_async(_finish_one, (bit_widths, options, store)) for key, bit_widths in distinct.items()}
+    radii = {key: task.get() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
+    return {name: radii[key] for name, key in keys.items()}
+
+
+def _finish_one(bit_widths, options, store: Path) -> np.ndarray:
+    """One map in a worker process."""
+    evaluator = make_env(options).get_wrapper_attr("evaluator")
+    settings = TestSettings(every=options.every, n0=32, n=options.n)
+    return finished_radii(evaluator, bit_widths, store / "finished", steps=options.steps, settings=settings)
+
+
+def finished_radii(
+    evaluator: Evaluator, bit_widths: BitWidthMap | None, folder: Path, *, steps: int, settings: TestSettings
+) -> np.ndarray:
+    """Certified radii of a map's network after a brief fine-tuning, on test images: what a search's map is worth in the end.
+
+    :param bit_widths: None for the FP32 network after the same fine-tuning
+    :param folder: where they are kept; what is there, made alike, is not made again
+    :param steps: batches of fine-tuning
+    :return: [images], in units of pixels in [0, 1], 0 where the prediction is wrong
+    """
+    problem = evaluator.problem
+    recipe = asdict(brief_recipe(problem, steps))
+    identity = [bit_widths, problem.digest, recipe, asdict(settings), provenance()["versions"]]
+    path = folder / f"{sha256(json.dumps(identity).encode())[:16]}.json"
+    if not path.exists():
+        certificates = certify_on_test_images(problem, finish_briefly(evaluator, bit_widths, steps), settings)
+        write_json(path, {"map": bit_widths, "radii": [round(float(radius), 5) for radius in certificates.certified_radius]})
+    return np.array(json.loads(path.read_text())["radii"])

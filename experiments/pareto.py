@@ -1,0 +1,87 @@
+"""Finish maps of many budgets alike and draw their Pareto curves: certified radius over FP32's against bit operations.
+
+Each --maps is a name and the bit_widths.json files of one way to find maps. Every map is fine-tuned by one short recipe and
+certified on test images, as compare.py does it, and what is in --store already is not made again.
+"""
+
+import multiprocessing
+from pathlib import Path
+
+import matplotlib
+
+from agents.finishing import add_finishing, finish, start_worker
+from agents.main import add_environment, make_env
+from arq_env import ArqError, command_line
+from arq_env.bitwidths import bops_fraction, load_map
+from arq_env.comparison import FP32, standard_error
+from arq_env.files import write_json
+from arq_env.provenance import provenance
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help="a curve and its maps")
+    add_environment(parser, training="consistency", regained_bits=1)
+    parser.set_defaults(budget=1.0)  # maps are taken as they are
+    command_line.add_processes(parser, "maps")
+    add_finishing(parser)
+    parser.add_argument("--store", type=Path, default=Path("runs/compare"), help="folder of compare.py, for what is finished")
+    parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; table and plot go beside it")
+    options = parser.parse_args()
+    for name, *files in options.maps:
+        if not files:
+            raise ArqError(f"--maps {name} names no file: give the bit_widths.json of each of its maps")
+    return options
+
+
+def main():
+    options = parse()
+    layers = make_env(options).get_wrapper_attr("layers")
+    maps = {(name, file): load_map(Path(file), layers)[0] for name, *files in options.maps for file in files}
+    with multiprocessing.get_context("spawn").Pool(options.processes, start_worker, maxtasksperchild=1) as pool:
+        radii = finish(pool, {FP32: None, **maps}, options, options.store)
+    fp32, curves = radii[FP32], {name: [] for name, *_ in options.maps}
+    for (name, file), bit_widths in maps.items():
+        own = radii[name, file]
+        ratio = own.mean() / fp32.mean()
+        row = {"file": file, "bops_fraction": bops_fraction(bit_widths, layers), "acr": float(own.mean()), "ratio": float(ratio)}
+        curves[name].append(row | {"standard_error": standard_error(own - ratio * fp32) / float(fp32.mean())})
+    for rows in curves.values():
+        rows.sort(key=lambda row: row["bops_fraction"])
+    settings = {name: getattr(options, name) for name in ("env", "sigma", "training", "steps", "every", "n")}
+    document = {"settings": settings, "fp32_finished_acr": float(fp32.mean()), "curves": curves, "provenance": provenance()}
+    write_json(options.output, document)
+    plot(curves, options)
+    print(table(curves))
+
+
+def table(curves: dict) -> str:
+    """One line a map, as Markdown."""
+    lines = ["| maps | BOPs of FP32 | ACR of FP32 finished alike |", "| --- | --- | --- |"]
+    for name, rows in curves.items():
+        lines += [f"| {name} | {row['bops_fraction']:.3%} | {row['ratio']:.3f} +- {row['standard_error']:.3f} |" for row in rows]
+    return "\n".join(lines)
+
+
+def plot(curves: dict, options) -> None:
+    """Ratio to FP32 finished alike against bit operations, with one standard error over the images."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, rows in curves.items():
+        cost, ratio, error = ([row[key] for row in rows] for key in ("bops_fraction", "ratio", "standard_error"))
+        axes.errorbar([100 * c for c in cost], ratio, error, label=name, marker="o", markersize=4, capsize=2)
+    axes.set(xscale="log", xlabel="bit operations, % of FP32's", ylabel="ACR over FP32's, finished alike")
+    axes.set_title(f"{options.env}, sigma {options.sigma:g}, {options.training}")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(options.output.with_suffix(".png"), dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
