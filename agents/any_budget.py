@@ -10,7 +10,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import least_sensitive
-from agents.levers import SensitivityFeatures, split_method
+from agents.levers import split_method
 from agents.run_folder import open_folder
 from agents.search import learn, start
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap, bops_fraction, uniform
@@ -105,17 +105,11 @@ def _demonstrations(env, budgets: tuple[float, float]) -> Iterator[tuple[float, 
             yield fraction, least_sensitive(env, env.evaluator.sensitivities, weight, budget)
 
 
-def wrapped_for(agent: OffPolicyAlgorithm, env):
-    """An environment as an agent saw it in training: with sensitivity features, where it learned on them."""
-    return env if agent.observation_space == env.observation_space else SensitivityFeatures(env)
-
-
 def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
     """What the agent does at a budget, without exploring: the info of the episode's end, ``bit_widths`` and ``reward`` in it.
 
-    :param env: of the network and noise that the agent learned on, or of others
+    :param env: of the network and noise that the agent learned on, or of others, as :func:`agents.levers.seen_with` its levers
     """
-    env = wrapped_for(agent, env)
     observation, _ = env.reset(options={"budget": budget})
     terminated = False
     while not terminated:

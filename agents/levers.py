@@ -1,11 +1,13 @@
 """What can be added to a search, each by itself: ``td3+features+demonstrations+exchange`` is TD3 with all three.
 
+- ``onehot``: the agent sees which layer is at hand as one number a layer; the environment's own features are nearly the same for
+  many layers.
 - ``features``: the agent sees what few bits would cost in the layer at hand.
 - ``demonstrations``: the maps of the integer program and of greedy are played first, in place of random episodes (Vecerik et
   al. 2017, without the parts that change the agent's loss).
 - ``exchange``: the last evaluations go to neighbours of the best map. Any search can have this one.
 
-All start from measured sensitivities, as the integer program does.
+The last three start from measured sensitivities, as the integer program does.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,7 +25,7 @@ from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
 from arq_env.errors import ArqError
 from arq_env.sensitivity import MEASURED, places
 
-LEVERS = ("features", "demonstrations", "exchange")
+LEVERS = ("onehot", "features", "demonstrations", "exchange")
 #: Evaluations that ``exchange`` keeps for itself.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.
@@ -49,29 +51,43 @@ def split_method(method: str) -> tuple[str, tuple[str, ...]]:
 def uses_sensitivities(method: str) -> bool:
     """Whether a search measures the effect of few bits in each place before its first map."""
     name, levers = split_method(method)
-    return name in WITH_SENSITIVITIES or bool(levers)
+    return name in WITH_SENSITIVITIES or bool({*levers} - {"onehot"})
 
 
-class SensitivityFeatures(gymnasium.ObservationWrapper):
-    """Adds to the observation the effects of 2, 3 and 4 bits on the layer's weights, and of as many on what it reads.
+class RowPerLayer(gymnasium.ObservationWrapper):
+    """Adds to the observation the numbers that belong to the layer at hand.
 
-    :param env: an :class:`arq_env.env.ArqEnv`, wrapped or not; the six numbers are in [0, 1], on one logarithmic scale
+    :param env: an :class:`arq_env.env.ArqEnv`, wrapped or not
+    :param rows: [free layers, numbers] in [0, 1]
     """
 
-    def __init__(self, env: gymnasium.Env):
+    def __init__(self, env: gymnasium.Env, rows: np.ndarray):
         super().__init__(env)
-        base = env.unwrapped
-        effects, unpriced = base.evaluator.sensitivities, [0.0] * len(MEASURED)  # an earlier layer decides what this one reads
-        pairs = [[(layer.name, kind) for kind in Bits._fields] for layer in base.free_layers]
-        table = np.array([[e for place in pair for e in effects.get(place, unpriced)[: len(MEASURED)]] for pair in pairs])
-        scale = np.log(np.maximum(table, LEAST_EFFECT) / LEAST_EFFECT)
-        self._rows = (scale / max(scale.max(), 1e-12)).astype(np.float32)
-        seen = base.observation_space.shape[0] + self._rows.shape[1]
-        self.observation_space = spaces.Box(0, 1, (seen,), np.float32)
+        self._rows = rows.astype(np.float32)
+        self.observation_space = spaces.Box(0, 1, (env.observation_space.shape[0] + rows.shape[1],), np.float32)
 
     def observation(self, observation):
-        """The environment's row and the layer's effects; after the last step those of the last layer."""
+        """The environment's row and the layer's; after the last step that of the last layer."""
         return np.concatenate([observation, self._rows[min(self.unwrapped.step_count, len(self._rows) - 1)]])
+
+
+def seen_with(levers: tuple[str, ...], env: gymnasium.Env) -> gymnasium.Env:
+    """The environment as an agent with these levers sees it."""
+    if "onehot" in levers:
+        env = RowPerLayer(env, np.eye(env.unwrapped.horizon))
+    return RowPerLayer(env, effects_by_layer(env.unwrapped)) if "features" in levers else env
+
+
+def effects_by_layer(env) -> np.ndarray:
+    """The effects of 2, 3 and 4 bits on each free layer's weights, and of as many on what it reads.
+
+    :return: [free layers, 6] in [0, 1], on one logarithmic scale
+    """
+    effects, unpriced = env.evaluator.sensitivities, [0.0] * len(MEASURED)  # an earlier layer decides what this one reads
+    pairs = [[(layer.name, kind) for kind in Bits._fields] for layer in env.free_layers]
+    table = np.array([[e for place in pair for e in effects.get(place, unpriced)[: len(MEASURED)]] for pair in pairs])
+    scale = np.log(np.maximum(table, LEAST_EFFECT) / LEAST_EFFECT)
+    return scale / max(scale.max(), 1e-12)
 
 
 def demonstrations(env) -> Iterator[tuple[float, BitWidthMap]]:

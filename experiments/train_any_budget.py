@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.any_budget import map_for_budget, train_for_any_budget
+from agents.levers import seen_with, split_method
 from agents.main import add_environment, make_env
 from agents.run_folder import export_map
 from arq_env import ArqError, command_line
@@ -52,6 +53,7 @@ def main():
         seed=options.seed,
         config={"env": options.env},
     )
+    env = seen_with(split_method(options.algorithm)[1], env)
     print("  budget     BOPs   reward")
     rows = []
     for budget in options.budgets:

@@ -8,7 +8,7 @@ from stable_baselines3.common.env_checker import check_env
 
 from agents.algorithms import build_agent
 from agents.baselines import greedy, integer_program
-from agents.levers import SensitivityFeatures, demonstrate, demonstrations, exchange, split_method
+from agents.levers import demonstrate, demonstrations, exchange, seen_with, split_method
 from agents.recorder import Recorder
 from agents.trace import read_trace
 from arq_env import ArqError
@@ -32,7 +32,7 @@ def test_unknown_methods(tmp_path, method, message):
 
 
 def test_features_are_those_of_the_layer_at_hand():
-    env = SensitivityFeatures(make_toy_env())
+    env = seen_with(("onehot", "features"), make_toy_env())
     base, table = env.unwrapped, env.unwrapped.evaluator.sensitivities
     seen = [env.reset()[0]]
     for _ in range(base.horizon):
@@ -43,6 +43,7 @@ def test_features_are_those_of_the_layer_at_hand():
         table[layer.name, kind][bits] for layer in base.free_layers for kind in ("weight", "activation") for bits in range(3)
     ]
     assert (np.argsort(rows[:-1].ravel(), kind="stable") == np.argsort(effects, kind="stable")).all()
+    assert (np.array(seen)[:-1, 15 : 15 + base.horizon] == np.eye(base.horizon)).all()
     check_env(env, skip_render_check=True)
 
 
@@ -105,7 +106,7 @@ def test_exchange_tries_what_seems_to_cost_least_first():
 
 
 @pytest.mark.parametrize(
-    "method", ["td3+features", "sac+demonstrations", "ddpg+features+demonstrations+exchange", "random+exchange"]
+    "method", ["td3+onehot", "td3+features", "sac+demonstrations", "ddpg+features+demonstrations+exchange", "random+exchange"]
 )
 def test_a_killed_search_ends_the_same(tmp_path, method, monkeypatch):
     monkeypatch.setattr("agents.search.EXCHANGES", 5)
