@@ -1,5 +1,6 @@
 """One agent for every budget: it learns on budgets drawn anew for each episode, and then answers for any of them."""
 
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,14 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import least_sensitive
-from agents.levers import split_method
-from agents.run_folder import open_folder
+from agents.levers import seen_with, split_method
+from agents.run_folder import export_map, open_folder
 from agents.search import learn, start
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap, bops_fraction, uniform
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, uniform
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
+from arq_env.files import write_json
+from arq_env.provenance import provenance
 
 #: Budgets that demonstrations are made for, and weights of activations in the integer program there.
 DEMONSTRATED, DEMONSTRATED_WEIGHTS = 12, (1.0, 0.5, 2.0)
@@ -116,3 +119,35 @@ def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
         action, _ = agent.predict(observation, deterministic=True)
         observation, _, terminated, _, info = env.step(action)
     return info
+
+
+def export_budgets(agent: OffPolicyAlgorithm, env, algorithm: str, budgets: list[float], folder: Path) -> str:
+    """Write the agent's map for each budget below ``maps/`` and a summary as ``budgets.json``; return the latter as a table.
+
+    :param algorithm: what the agent was trained as, with its levers
+    """
+    seen, rows = seen_with(split_method(algorithm)[1], env), []
+    if seen.observation_space != agent.observation_space:
+        raise ArqError("the agent sees another network's layers one by one: train one without onehot to apply it here")
+    for budget in budgets:
+        info = map_for_budget(agent, seen, budget)
+        metrics = {key: info[key] for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr")}
+        bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
+        export_map(folder / "maps" / f"{budget:g}", env, bit_widths, budget, metrics)
+        rows.append({"budget": budget, "bops_fraction": info["bops_fraction"]} | metrics)
+    write_json(folder / "budgets.json", {"rows": rows, "provenance": provenance()})
+    lines = [f"{row['budget']:8.3%} {row['bops_fraction']:8.3%} {row['reward']:8.3f}" for row in rows]
+    return "\n".join(["  budget     BOPs   reward", *lines])
+
+
+def load_agent(run: Path) -> tuple[OffPolicyAlgorithm, str]:
+    """The agent of a run folder, and what it was trained as.
+
+    :raises ArqError: when there is none, or it was not trained on drawn budgets
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+        algorithm, _ = config["algorithm"], config["budgets"]
+        return ALGORITHMS[split_method(algorithm)[0]].load(run / "agent.zip", device="cpu"), algorithm
+    except (OSError, ValueError, KeyError) as error:
+        raise ArqError(f"{run} holds no agent for all budgets ({error}): give the folder of train_any_budget.py") from error

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.any_budget import map_for_budget, train_for_any_budget
-from agents.levers import seen_with, split_method
+from agents.any_budget import export_budgets, train_for_any_budget
 from agents.main import add_environment, make_env
-from agents.run_folder import export_map
 from arq_env import ArqError, command_line
-from arq_env.bitwidths import Bits
-from arq_env.files import write_json
-from arq_env.provenance import provenance
 
 
 def parse():
@@ -53,17 +48,7 @@ def main():
         seed=options.seed,
         config={"env": options.env},
     )
-    env = seen_with(split_method(options.algorithm)[1], env)
-    print("  budget     BOPs   reward")
-    rows = []
-    for budget in options.budgets:
-        info = map_for_budget(agent, env, budget)
-        metrics = {key: info[key] for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr")}
-        bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
-        export_map(options.output / "maps" / f"{budget:g}", env, bit_widths, budget, metrics)
-        rows.append({"budget": budget, "bops_fraction": info["bops_fraction"]} | metrics)
-        print(f"{budget:8.3%} {info['bops_fraction']:8.3%} {info['reward']:8.3f}")
-    write_json(options.output / "budgets.json", {"rows": rows, "provenance": provenance()})
+    print(export_budgets(agent, env, options.algorithm, options.budgets, options.output))
 
 
 if __name__ == "__main__":

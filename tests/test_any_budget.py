@@ -6,7 +6,7 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.env_checker import check_env
 
 from agents.algorithms import WARM_UP_EPISODES
-from agents.any_budget import DrawnBudget, map_for_budget, train_for_any_budget
+from agents.any_budget import DrawnBudget, export_budgets, map_for_budget, train_for_any_budget
 from agents.baselines import least_sensitive
 from agents.levers import seen_with
 from agents.trace import read_trace
@@ -83,6 +83,8 @@ def test_it_can_learn_from_the_integer_program_s_maps_at_many_budgets(tmp_path, 
         played = [env.step(action) for action in env.encode(best)][-1][-1]["bit_widths"]
         assert shown[start].bit_widths == played and shown[start].bops_fraction <= fraction
     assert map_for_budget(agent, seen_with(("features",), env), 0.03)["bops_fraction"] <= 0.03
+    with pytest.raises(ArqError, match="sees another network's layers"):
+        export_budgets(agent, env, "td3+onehot", [0.03], tmp_path)
     with pytest.raises(ArqError, match="without exchange"):
         run(tmp_path / "b", algorithm="td3+exchange")
 

@@ -59,6 +59,7 @@ def test_other_searches_run(tmp_path, name):
 def test_comparing_mistakes(called, tmp_path):
     assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+    assert_one_line_error(called("apply_agent", tmp_path), "holds no agent for all budgets")
     assert_one_line_error(called("pareto", "--maps", "mine"), "mine names no file")
     assert_one_line_error(called("pareto", "--maps", "mine", tmp_path / "none.json"), "none.json cannot be read")
     assert_one_line_error(called("train_any_budget", "--low", "0.03", "--high", "0.02", "--output", tmp_path / "x"), "low first")
@@ -102,6 +103,11 @@ def test_one_agent_exports_a_map_for_each_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
     assert [row["budget"] for row in rows] == [0.01, 0.015] and all(row["bops_fraction"] <= row["budget"] for row in rows)
+    applied = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --budgets 0.01 0.012")
+    again = script("apply_agent", tmp_path, *applied, "--output", tmp_path / "elsewhere")
+    assert again.returncode == 0, again.stderr
+    there = json.loads((tmp_path / "elsewhere" / "budgets.json").read_text())["rows"]
+    assert there[0] == rows[0] and 0 < there[1]["bops_fraction"] <= 0.012
     one = json.loads((tmp_path / "maps" / "0.015" / "bit_widths.json").read_text())
     assert one["budget"] == 0.015 and one["bops_fraction"] == rows[1]["bops_fraction"]
 
