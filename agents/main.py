@@ -7,6 +7,7 @@ import gymnasium
 from tqdm import tqdm
 
 from agents.algorithms import ALGORITHMS, EPISODES
+from agents.levers import LEVERS, split_method
 from agents.search import search
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, uniform
@@ -28,6 +29,8 @@ def main(algorithm: str) -> None:
     """
     name = f"{algorithm.upper()} (stable-baselines3)" if algorithm in ALGORITHMS else f"the {algorithm.replace('_', ' ')}"
     options = _parse(f"Search a bit-width map with {name}. Stop it at any time: the same command goes on.")
+    algorithm = "+".join([algorithm, *options.add])
+    split_method(algorithm)  # mistakes first
     trained = "" if options.training == "gaussian" else f"-{options.training}"
     folder = (
         options.output
@@ -100,6 +103,9 @@ def _parse(description: str):
         help=f"maps to try (default: {EPISODES}, or {SIGNS_EPISODES} on ARQ-ResNet20-Signs-v0)",
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the search")
+    parser.add_argument(
+        "--add", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"what to add to the search: {', '.join(LEVERS)}"
+    )
     parser.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
     parser.add_argument(
         "--test-images",

@@ -56,7 +56,18 @@ def test_other_searches_run(tmp_path, name):
     assert len(lines(tmp_path / "trace.jsonl")) == 3
 
 
+@pytest.mark.slow
+def test_an_agent_with_levers(tmp_path):
+    added = shlex.split("--add features demonstrations --regained-bits 1")
+    done = script("train_sac", *SHORT[:2], "--episodes", "4", "--test-images", "0", *added, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "config.json").read_text())["algorithm"] == "sac+features+demonstrations"
+    assert len(lines(tmp_path / "trace.jsonl")) == 4
+
+
 def test_comparing_mistakes(called, tmp_path):
+    assert_one_line_error(called("solve_integer_program", "--add", "onehot", "--output", tmp_path), "onehot cannot be added")
+    assert_one_line_error(called("train_td3", "--add", "luck", "--output", tmp_path), "luck", "exchange")
     assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
     assert_one_line_error(called("apply_agent", tmp_path), "holds no agent for all budgets")
