@@ -19,7 +19,13 @@ from arq_env.problem import CALIBRATION_IMAGES
 from arq_env.sensitivity import forward_passes
 
 #: What is compared by default.
-METHODS = (*BASELINES, "integer_program+exchange", "arq", *ALGORITHMS, "td3+features+demonstrations+exchange")
+METHODS = (
+    *BASELINES,
+    "integer_program+exchange",
+    "arq",
+    *ALGORITHMS,
+    *(f"{agent}+features+demonstrations+exchange" for agent in ("td3", "sac")),
+)
 
 
 def is_deterministic(method: str) -> bool:

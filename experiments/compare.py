@@ -172,6 +172,7 @@ def plot(document: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for method, found in document["methods"].items():
         mean, error = np.array(found["mean"], float), np.array(found["standard_error"])
         evaluations = np.arange(1, len(mean) + 1)
@@ -180,7 +181,7 @@ def plot(document: dict, path: Path) -> None:
     settings = document["settings"]
     axes.set(xlabel="evaluations", ylabel="best reward so far", title=f"{settings['env']}, {settings['budget']:.3%} of FP32's BOPs")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small", loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
