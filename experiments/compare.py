@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy import stats
 from tqdm import tqdm
 
 from agents.baselines import WITH_OPTUNA, import_optuna
@@ -119,9 +120,17 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
         found["finished_against"] = {
             other: difference(over_seeds[method], over_seeds[other], fp32) for other in methods if other != method
         }
+    pairs = [(reward, ratio) for m in methods.values() for reward, ratio in zip(m["best_reward"], m["finished_ratio"], strict=True)]
+    agreement = float(stats.spearmanr(*zip(*pairs, strict=True))[0]) if len(pairs) > 2 else None
     names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
     settings = {name: getattr(options, name) for name in names}
-    return {"settings": settings, "fp32_finished_acr": float(fp32.mean()), "methods": methods, "provenance": provenance()}
+    return {
+        "settings": settings,
+        "fp32_finished_acr": float(fp32.mean()),
+        "spearman_of_best_reward_and_finished_ratio": agreement,
+        "methods": methods,
+        "provenance": provenance(),
+    }
 
 
 def difference(a: np.ndarray, b: np.ndarray, fp32: np.ndarray) -> dict:

@@ -87,6 +87,7 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
     document = json.loads((tmp_path / "comparison-budget0.007.json").read_text())
     assert document["methods"]["random"]["proposed_maps"] == [2, 2]
+    assert -1 <= document["spearman_of_best_reward_and_finished_ratio"] <= 1
     mean, runs = document["methods"]["random"]["mean"], document["methods"]["random"]["best_reward"]
     assert mean[-1] == pytest.approx(np.mean(runs)) and mean == sorted(mean)
     finished = {name: found["finished_ratio"] for name, found in document["methods"].items()}
