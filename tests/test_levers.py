@@ -42,7 +42,7 @@ def test_features_are_those_of_the_layer_at_hand():
     effects = [
         table[layer.name, kind][bits] for layer in base.free_layers for kind in ("weight", "activation") for bits in range(3)
     ]
-    assert (np.argsort(rows[:-1].ravel(), kind="stable") == np.argsort(effects, kind="stable")).all()
+    assert (np.diff(rows[:-1].ravel()[np.argsort(effects)]) >= 0).all()  # the same order, on a scale of its own
     assert (np.array(seen)[:-1, 15 : 15 + base.horizon] == np.eye(base.horizon)).all()
     check_env(env, skip_render_check=True)
 
