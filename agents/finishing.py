@@ -35,7 +35,12 @@ def add_finishing(parser) -> None:
     parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
 
 
-def start_worker() -> None:
+def workers(processes: int):
+    """A pool of processes, each started anew for a task; leaving its block ends them at once, also for Ctrl-C or an error."""
+    return multiprocessing.get_context("spawn").Pool(processes, _start_worker, maxtasksperchild=1)
+
+
+def _start_worker() -> None:
     """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -50,7 +55,7 @@ def start_worker() -> None:
 def finish(pool, maps: dict, options, store: Path) -> dict[object, np.ndarray]:
     """Name to certified radii on test images of the finished map; a map that has two names is finished once.
 
-    :param pool: of workers that :func:`start_worker` has started
+    :param pool: of workers from :func:`workers`
     :param maps: name to map, None for the FP32 network after the same fine-tuning
     :param store: folder where results are kept
     """

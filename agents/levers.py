@@ -92,7 +92,8 @@ def effects_by_layer(env) -> np.ndarray:
 
 def demonstrations(env) -> Iterator[tuple[float, BitWidthMap]]:
     """The environment's budget and a map within it: those of the integer program, and greedy's."""
-    return product([env.default_budget.fraction], chain(integer_program(env, None), greedy(env, None)))
+    maps = chain(integer_program(env, None), greedy(env, None))
+    return ((env.default_budget.fraction, bit_widths) for bit_widths in maps)
 
 
 def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tuple[float, BitWidthMap]]) -> None:

@@ -7,7 +7,6 @@ a search can win its reward and lose the network. Stop it at any time: the same 
 """
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from agents.baselines import WITH_OPTUNA, import_optuna
 from agents.compare import METHODS, best_so_far, is_deterministic, reaches, run_search, setup_cost
-from agents.finishing import add_finishing, finish, start_worker
+from agents.finishing import add_finishing, finish, workers
 from agents.levers import split_method
 from agents.main import add_environment, make_env
 from agents.trace import count_episodes, read_trace
@@ -57,8 +56,7 @@ def main():
         (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or not is_deterministic(method)
     ]
     folders = {run: options.output / f"budget{options.budget:g}" / "{}-seed{}".format(*run) for run in runs}
-    # leaving the block ends the workers at once, also for Ctrl-C or an error
-    with multiprocessing.get_context("spawn").Pool(options.processes, start_worker, maxtasksperchild=1) as pool:
+    with workers(options.processes) as pool:
         with tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar:
             searches = [pool.apply_async(search_one, (run, folders[run], options)) for run in runs]
             while searches:

@@ -4,12 +4,11 @@ Each --maps is a name and the bit_widths.json files of one way to find maps. Eve
 certified on test images, as compare.py does it, and what is in --store already is not made again.
 """
 
-import multiprocessing
 from pathlib import Path
 
 import matplotlib
 
-from agents.finishing import add_finishing, finish, start_worker
+from agents.finishing import add_finishing, finish, workers
 from agents.main import add_environment, make_env
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import bops_fraction, load_map
@@ -38,7 +37,7 @@ def main():
     options = parse()
     layers = make_env(options).get_wrapper_attr("layers")
     maps = {(name, file): load_map(Path(file), layers)[0] for name, *files in options.maps for file in files}
-    with multiprocessing.get_context("spawn").Pool(options.processes, start_worker, maxtasksperchild=1) as pool:
+    with workers(options.processes) as pool:
         radii = finish(pool, {FP32: None, **maps}, options, options.store)
     fp32, curves = radii[FP32], {name: [] for name, *_ in options.maps}
     for (name, file), bit_widths in maps.items():

@@ -34,6 +34,7 @@ def test_finetuning_wins_back_what_bits_cost(evaluator, coarse, tmp_path):
     assert divergence_from_fp32(evaluator.problem, network) < 0.75 * before
     assert held_out_acr(evaluator, network) == records[-1]["held_out_acr"]
     assert [record["epoch"] for record in records] == list(range(1, 9)) and not network.training
+    assert [network.get_submodule(name).weight_bits for name in coarse] == [2, 2, 2, 2]
 
 
 @torch.inference_mode()
@@ -64,7 +65,7 @@ def test_a_killed_finetuning_ends_the_same(evaluator, coarse, tmp_path):
 
 def test_fp32_is_finetuned_by_the_same_recipe(evaluator, tmp_path):
     network, records = finetune(evaluator, None, RECIPE, tmp_path)
-    assert records[-1]["held_out_acr"] > 0
+    assert records[-1]["held_out_acr"] > 0 and not any(hasattr(module, "weight_bits") for module in network.modules())
     assert not torch.equal(network.middle.weight, evaluator.problem.network.middle.weight)
 
 
