@@ -61,7 +61,8 @@ class ArqEnv(gymnasium.Env):
 
     `reward_method` chooses how the ACR is measured. `"soft"`, the default, is for a search: the radius of the soft smoothed
     classifier, estimated from the mean softmax of few samples, hardly any of which are noise to a comparison of maps
-    (`experiments/rank_maps.py`). The others count labels and certify: `"cohen"`, and `"randomized"`, which spends alpha to the
+    (`experiments/rank_maps.py`). Its logits are first scaled to the mean entropy of FP32's, since that radius also grows with mere
+    confidence. The others count labels and certify: `"cohen"`, and `"randomized"`, which spends alpha to the
     last; `"sequential"` for large n (1,000 and more), where it draws a fraction of the samples for nearly the same ACR.
     `"incremental"` is the reward of the published ARQ, for comparison with it: it charges every disagreement with FP32, also
     harmless ones, so it punishes maps whose robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
-from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius
+from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius, softmax_entropy
 from arq_env.certification.methods import SKIPPING
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
@@ -41,9 +41,10 @@ class CertifierSettings:
     :param regained_bits: bits by which a map's weights are taken to be finer than they are, since fine-tuning
         (:func:`arq_env.finetuning.finetune`) wins about that back, and nothing of what activations lose. 1 ranks maps as they
         rank once finished; 0 takes the network as it is quantized
-    :param reward_method: "soft" (:func:`arq_env.certification.soft_radius`) or a method of
-        :func:`arq_env.certification.certify`, which wants an n of at least 8; of these "incremental" and "paired" bound the
-        difference to the FP32 network, which is run once on 16 n samples, and need n of 100 or more for radii worth comparing
+    :param reward_method: "soft" (:func:`arq_env.certification.soft_radius`, every network's logits scaled to FP32's mean
+        entropy, so that confidence alone wins nothing) or a method of :func:`arq_env.certification.certify`, which wants an n
+        of at least 8; of these "incremental" and "paired" bound the difference to the FP32 network, which is run once on 16 n
+        samples, and need n of 100 or more for radii worth comparing
     """
 
     images: int = 512
@@ -174,10 +175,10 @@ class Evaluator:
     def measure(self, build: Callable[[], torch.nn.Module]) -> Evaluation:
         """What the reward certifier says of the network that ``build`` makes, whose making counts to the seconds."""
         images, labels = self._reward_images
-        s, sigma, cache = self.settings, self.problem.sigma, self._cache
+        s, sigma, cache, entropy = self.settings, self.problem.sigma, self._cache, self._entropy
         start = time.perf_counter()
         if s.reward_method == "soft":
-            radius = soft_radius(build(), images, labels, sigma=sigma, n=s.n, seed=s.seed)
+            radius = soft_radius(build(), images, labels, sigma=sigma, n=s.n, seed=s.seed, entropy=entropy)
             acr, clean, certified = np.maximum(radius, 0).mean(), (radius > 0).mean(), (radius >= sigma / 2).mean()
         else:
             skip = s.reward_method in SKIPPING  # what is wrong cannot count
@@ -195,6 +196,15 @@ class Evaluator:
         images, _ = self._reward_images
         n = CACHE_FACTOR * s.n
         return cache_predictions(self.problem.network, images, sigma=self.problem.sigma, n0=s.n0, n=n, seed=s.seed)
+
+    @cached_property
+    def _entropy(self) -> float | None:
+        """How unsure the FP32 network is, at which soft radii are compared."""
+        s = self.settings
+        if s.reward_method != "soft":
+            return None
+        images, _ = self._reward_images
+        return softmax_entropy(self.problem.network, images, sigma=self.problem.sigma, n=s.n, seed=s.seed)
 
     @cached_property
     def _reward_images(self):

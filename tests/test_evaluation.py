@@ -128,6 +128,21 @@ def test_every_method_can_be_the_reward(method):
     assert evaluator.evaluate(uniform(evaluator.problem.layers, 2, 2)).acr != fine.acr
 
 
+def test_a_network_that_is_merely_surer_is_worth_the_same(problem):
+    evaluator = Evaluator(problem, SMALL)
+
+    class Surer(ToyNet):
+        def forward(self, images):
+            return 3 * super().forward(images)
+
+    surer = Surer().eval()
+    surer.load_state_dict(problem.network.state_dict())
+    got, expected = evaluator.measure(lambda: surer), evaluator.reference
+    assert (got.acr, got.clean_accuracy, got.certified_accuracy) == pytest.approx(
+        (expected.acr, expected.clean_accuracy, expected.certified_accuracy)
+    )
+
+
 def test_an_unknown_reward_method_is_an_error():
     with pytest.raises(ArqError, match="soft, cohen"):
         CertifierSettings(reward_method="magic")

@@ -5,7 +5,7 @@ from scipy import stats
 from torch import nn
 
 from arq_env import ArqError
-from arq_env.certification import certify, soft_radius
+from arq_env.certification import certify, soft_radius, softmax_entropy
 from tests.toy import toy_network, toy_problem
 
 SIGMA = 0.5
@@ -62,6 +62,42 @@ def test_the_noise_follows_the_seed_and_the_radius_the_certified_one():
     certified = certify(toy_network(), images, labels, sigma=SIGMA, n0=20, n=500).certified_radius
     many = soft_radius(toy_network(), images, labels, sigma=SIGMA, n=500)
     assert stats.spearmanr(np.maximum(many, 0), certified).statistic > 0.8
+
+
+class Scaled(nn.Module):
+    """A network that is surer of the same answers, or less sure."""
+
+    def __init__(self, network, scale: float):
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, images):
+        return self.scale * self.network(images)
+
+
+@pytest.mark.parametrize("scale", [0.2, 5])
+def test_at_one_entropy_confidence_wins_nothing(scale):
+    images, labels = toy_problem().test_images(every=1)
+    noise = {"sigma": SIGMA, "n": 8}
+    entropy = softmax_entropy(toy_network(), images, **noise)
+    plain, surer = toy_network(), Scaled(toy_network(), scale)
+    before = soft_radius(plain, images, labels, **noise)
+    assert np.abs(before - soft_radius(surer, images, labels, **noise)).mean() > 0.05
+    for network in (plain, surer):
+        np.testing.assert_allclose(soft_radius(network, images, labels, **noise, entropy=entropy), before, atol=1e-5)
+
+
+def test_an_entropy_out_of_reach_is_approached():
+    """Logits that are all alike have no scale, and no network is less sure than that."""
+
+    class Alike(Hyperplane):
+        def forward(self, images):
+            return torch.zeros(len(images), 2)
+
+    images, labels = torch.rand(2, 3, 8, 8), np.array([0, 1])
+    assert (soft_radius(Alike(1), images, labels, sigma=SIGMA, n=2, entropy=0.1) == 0).all()
+    sharp = soft_radius(Hyperplane(1), images, labels, sigma=SIGMA, n=200, entropy=1.0)
+    assert np.abs(sharp).max() < 0.02
 
 
 def test_nan_logits_are_an_error():

@@ -12,7 +12,7 @@ from arq_env.certification.certificates import ABSTAINED, Certificates
 from arq_env.certification.compiled import CompiledNetwork
 from arq_env.certification.methods import METHODS
 from arq_env.certification.smoothing import certify, estimate_seconds
-from arq_env.certification.soft import soft_radius
+from arq_env.certification.soft import soft_radius, softmax_entropy
 
 __all__ = [
     "ABSTAINED",
@@ -29,4 +29,5 @@ __all__ = [
     "randomized_clopper_pearson_lower",
     "smoothing_radius",
     "soft_radius",
+    "softmax_entropy",
 ]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import optimize, stats
 
 from arq_env.errors import ArqError
 
@@ -10,39 +10,86 @@ from arq_env.errors import ArqError
 IMAGES_AT_ONCE = 32
 #: Mean probabilities are kept this far from 0 and 1, where the radius would be infinite.
 MARGIN = 1e-4
+#: Logits are multiplied by no less and no more than these to reach an entropy.
+SCALES = (0.01, 100.0)
 
 
-@torch.inference_mode()
-def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0) -> np.ndarray:
+def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0, entropy: float | None = None) -> np.ndarray:
     """Within which radius the class of the highest mean softmax is the label's: sigma / 2 (Phi^-1(p_y) - Phi^-1(max p_c)).
 
     p is the mean of the softmax over Gaussian noise. For the exact mean the radius is a certificate (Salman et al. 2019; Zhai et
     al. 2020, whose training maximises it); from n samples it is an estimate, for comparing networks and not to quote. A label
     either counts or not, a softmax moves with every change of the network: on the same few samples this radius ranks maps
-    more reliably than counted labels do (``experiments/rank_maps.py``). It also grows with the scale of the logits, so compare
-    only networks made from one.
+    more reliably than counted labels do (``experiments/rank_maps.py``).
+
+    It also grows with the scale of the logits, which changes no label and no certificate by counted labels: a network wins by
+    being surer of itself. ``entropy`` takes that away: all logits are multiplied by the one number with which the softmax has this
+    mean entropy (temperature scaling, Guo et al. 2017, fitted to a level of confidence instead of labels).
 
     :param network: torch module in evaluation mode, from images [b, c, h, w] to logits [b, classes]
     :param images: float tensor [n, c, h, w] in [0, 1]
     :param labels: [n] whole numbers
     :param sigma: standard deviation of the noise, in units of pixels in [0, 1]
     :param n: noise samples an image; the same for every network with the same ``seed``
+    :param entropy: mean entropy to compare at, in nats, such as :func:`softmax_entropy` of the network to compare with; None
+        takes the logits as they are
     :return: float64 [n], in the units of the pixels; negative where another class is ahead
     :raises ArqError: for NaN or infinite logits
     """
-    device = next(network.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    means = []
-    for part in images.split(IMAGES_AT_ONCE):
-        noisy = part.cpu() + sigma * torch.randn((n, *part.shape), generator=generator)
-        noisy = noisy.flatten(0, 1).to(device, memory_format=torch.channels_last)
-        size = IMAGES_AT_ONCE if device.type == "cpu" else len(noisy)  # larger batches overflow a CPU's caches
-        logits = torch.cat([network(batch) for batch in noisy.split(size)]).float()
-        means.append(logits.softmax(1).unflatten(0, (n, len(part))).mean(0))
-    mean = torch.cat(means).double().cpu().numpy()
-    if not np.isfinite(mean).all():
-        raise ArqError("the network gave NaN or infinite logits: no radius can be estimated")
+    logits = noisy_logits(network, images, sigma=sigma, n=n, seed=seed)
+    if entropy is not None:
+        logits = logits * scale_for_entropy(logits, entropy)
+    mean = logits.softmax(-1).mean(1).numpy()
     rows, mean = np.arange(len(mean)), np.clip(mean, MARGIN, 1 - MARGIN)
     own = mean[rows, labels]
     mean[rows, labels] = 0
     return sigma / 2 * (stats.norm.ppf(own) - stats.norm.ppf(mean.max(1)))
+
+
+def softmax_entropy(network, images, *, sigma: float, n: int, seed: int = 0) -> float:
+    """How unsure a network is: the mean entropy of its softmax, in nats, on the noise that :func:`soft_radius` draws.
+
+    :raises ArqError: for NaN or infinite logits
+    """
+    return mean_entropy(noisy_logits(network, images, sigma=sigma, n=n, seed=seed))
+
+
+@torch.inference_mode()
+def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.Tensor:
+    """What a network says of n noisy copies of each image, float64 [images, n, classes] on the CPU.
+
+    :raises ArqError: where that is NaN or infinite
+    """
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for part in images.split(IMAGES_AT_ONCE):
+        noisy = part.cpu() + sigma * torch.randn((n, *part.shape), generator=generator)
+        noisy = noisy.flatten(0, 1).to(device, memory_format=torch.channels_last)
+        size = IMAGES_AT_ONCE if device.type == "cpu" else len(noisy)  # larger batches overflow a CPU's caches
+        logits = torch.cat([network(batch) for batch in noisy.split(size)])
+        parts.append(logits.double().cpu().unflatten(0, (n, len(part))).transpose(0, 1))
+    logits = torch.cat(parts)
+    if not logits.isfinite().all():
+        raise ArqError("the network gave NaN or infinite logits: no radius can be estimated")
+    return logits
+
+
+def scale_for_entropy(logits: torch.Tensor, entropy: float) -> float:
+    """The number within ``SCALES`` by which to multiply logits for this mean entropy, or the end of ``SCALES`` nearer to it.
+
+    The entropy falls as the number grows, so there is but one.
+    """
+
+    def excess(scale: float) -> float:
+        return mean_entropy(scale * logits) - entropy
+
+    low, high = SCALES
+    if excess(low) <= 0:
+        return low
+    return high if excess(high) >= 0 else optimize.brentq(excess, low, high)
+
+
+def mean_entropy(logits: torch.Tensor) -> float:
+    """Of the softmax over the last axis, in nats."""
+    return torch.distributions.Categorical(logits=logits, validate_args=False).entropy().mean().item()
