@@ -1,6 +1,7 @@
 """The bit-width map: how many bits each layer's weights and input activations get, and its file."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from arq_env.layers import Layer
 MIN_BITS, MAX_BITS = 2, 8
 #: Bits of the first and the last layer by default; every method in the field leaves them at 8.
 END_BITS = 8
+#: What uniform bits are called, such as W4A4.
+UNIFORM = re.compile(r"W(\d)A(\d)")
 FORMAT, VERSION = "arq-bit-widths", 1
 
 
@@ -45,6 +48,19 @@ def complete(chosen: BitWidthMap, layers: tuple[Layer, ...], end_bits: int = END
 def uniform(layers: tuple[Layer, ...], weight: int, activation: int, end_bits: int = END_BITS) -> BitWidthMap:
     """The same bits for every free layer, ``end_bits`` for the first and the last."""
     return complete({layer.name: Bits(weight, activation) for layer in free_layers(layers)}, layers, end_bits)
+
+
+def named_uniform(name: str, layers: tuple[Layer, ...]) -> BitWidthMap | None:
+    """The map of uniform bits that ``W4A4`` and the like name; None where the name is not of that form.
+
+    :raises ArqError: for bits that no map may have, such as ``W9A9``
+    """
+    bits = UNIFORM.fullmatch(name)
+    if bits is None:
+        return None
+    bit_widths = uniform(layers, *map(int, bits.groups()))
+    check_map(bit_widths, layers)
+    return bit_widths
 
 
 def bops(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> int:

@@ -5,7 +5,6 @@ fine-tune the base network by the same recipe. Stop it at any time: the same com
 """
 
 import dataclasses
-import re
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from arq_env import command_line
-from arq_env.bitwidths import bops_fraction, check_map, save_map, uniform
+from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.evaluation import Evaluator
@@ -118,13 +117,9 @@ def main():
 
 def chosen_map(options):
     """The problem, the map (None for FP32) and what to call it."""
-    if uniform_bits := re.fullmatch(r"FP32|W(\d)A(\d)", options.map):
+    if options.map == "FP32" or UNIFORM.fullmatch(options.map):
         problem = load_problem("resnet20", options.dataset, sigma=options.sigma, training=options.training, device=options.device)
-        if options.map == "FP32":
-            return problem, None, options.map
-        bit_widths = uniform(problem.layers, *map(int, uniform_bits.groups()))
-        check_map(bit_widths, problem.layers)
-        return problem, bit_widths, options.map
+        return problem, named_uniform(options.map, problem.layers), options.map
     problem, bit_widths, _, path = load_mapped(Path(options.map), options.device)
     return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem
 

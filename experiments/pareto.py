@@ -1,7 +1,8 @@
 """Finish maps of many budgets alike and draw their Pareto curves: certified radius over FP32's against bit operations.
 
-Each --maps is a name and the bit_widths.json files of one way to find maps. Every map is fine-tuned by one short recipe and
-certified on test images, as compare.py does it, and what is in --store already is not made again.
+Each --maps is the name of one way to find maps and its maps: bit_widths.json files, or uniform bits such as W4A4. Every map is
+fine-tuned by one short recipe and certified on test images, as compare.py does it, and what is in --store already is not made
+again.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import matplotlib
 from agents.finishing import add_finishing, finish, workers
 from agents.main import add_environment, make_env
 from arq_env import ArqError, command_line
-from arq_env.bitwidths import bops_fraction, load_map
+from arq_env.bitwidths import bops_fraction, load_map, named_uniform
 from arq_env.comparison import FP32, standard_error
 from arq_env.files import write_json
 from arq_env.provenance import provenance
@@ -19,7 +20,7 @@ from arq_env.provenance import provenance
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "FILE"), help="a curve and its maps")
+    parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "MAP"), help="a curve and its maps")
     add_environment(parser, training="consistency", regained_bits=1)
     parser.set_defaults(budget=1.0)  # maps are taken as they are
     command_line.add_processes(parser, "maps")
@@ -27,23 +28,23 @@ def parse():
     parser.add_argument("--store", type=Path, default=Path("runs/compare"), help="folder of compare.py, for what is finished")
     parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; table and plot go beside it")
     options = parser.parse_args()
-    for name, *files in options.maps:
-        if not files:
-            raise ArqError(f"--maps {name} names no file: give the bit_widths.json of each of its maps")
+    for name, *given in options.maps:
+        if not given:
+            raise ArqError(f"--maps {name} names no map: give a bit_widths.json or uniform bits such as W4A4 for each")
     return options
 
 
 def main():
     options = parse()
     layers = make_env(options).get_wrapper_attr("layers")
-    maps = {(name, file): load_map(Path(file), layers)[0] for name, *files in options.maps for file in files}
+    maps = {(name, one): chosen_map(one, layers) for name, *given in options.maps for one in given}
     with workers(options.processes) as pool:
         radii = finish(pool, {FP32: None, **maps}, options, options.store)
     fp32, curves = radii[FP32], {name: [] for name, *_ in options.maps}
-    for (name, file), bit_widths in maps.items():
-        own = radii[name, file]
+    for (name, one), bit_widths in maps.items():
+        own = radii[name, one]
         ratio = own.mean() / fp32.mean()
-        row = {"file": file, "bops_fraction": bops_fraction(bit_widths, layers), "acr": float(own.mean()), "ratio": float(ratio)}
+        row = {"map": one, "bops_fraction": bops_fraction(bit_widths, layers), "acr": float(own.mean()), "ratio": float(ratio)}
         curves[name].append(row | {"standard_error": standard_error(own - ratio * fp32) / float(fp32.mean())})
     for rows in curves.values():
         rows.sort(key=lambda row: row["bops_fraction"])
@@ -52,6 +53,12 @@ def main():
     write_json(options.output, document)
     plot(curves, options)
     print(table(curves))
+
+
+def chosen_map(given: str, layers):
+    """The map that a file or a name such as W4A4 stands for."""
+    uniform = named_uniform(given, layers)
+    return load_map(Path(given), layers)[0] if uniform is None else uniform
 
 
 def table(curves: dict) -> str:

@@ -71,7 +71,8 @@ def test_comparing_mistakes(called, tmp_path):
     assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
     assert_one_line_error(called("apply_agent", tmp_path), "holds no agent for all budgets")
-    assert_one_line_error(called("pareto", "--maps", "mine"), "mine names no file")
+    assert_one_line_error(called("pareto", "--maps", "mine"), "mine names no map")
+    assert_one_line_error(called("pareto", "--maps", "mine", "W9A4"), "9", "2 to 8")
     assert_one_line_error(called("pareto", "--maps", "mine", tmp_path / "none.json"), "none.json cannot be read")
     assert_one_line_error(called("train_any_budget", "--low", "0.03", "--high", "0.02", "--output", tmp_path / "x"), "low first")
     assert_one_line_error(called("train_any_budget", "--budgets", "0.2", "--output", tmp_path / "x"), "0.2 is not")
@@ -101,11 +102,15 @@ def test_searches_are_compared_and_resumed(tmp_path):
     files = [str(tmp_path / "budget0.007" / f"random-seed{seed}" / "bit_widths.json") for seed in (0, 1)]
     alike = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --steps 2 --every 100 --n 20")
     output = tmp_path / "pareto.json"
-    curve = script("pareto", "--maps", "random", *files, *alike, "--store", tmp_path, "--output", output)
+    named = ["--maps", "random", *files, "--maps", "uniform", "W2A2", "W3A3"]
+    curve = script("pareto", *named, *alike, "--store", tmp_path, "--output", output)
     assert curve.returncode == 0 and curve.stdout.count("| random |") == 2, curve.stderr
-    rows = json.loads(output.read_text())["curves"]["random"]
+    curves = json.loads(output.read_text())["curves"]
+    assert [row["map"] for row in curves["uniform"]] == ["W2A2", "W3A3"]
+    rows = curves["random"]
     assert sorted(row["ratio"] for row in rows) == pytest.approx(sorted(finished["random"])) and output.with_suffix(".png").exists()
-    assert len(list((tmp_path / "finished").iterdir())) == len({*finished["random"], *finished["uniform"], 1.0})
+    distinct = {*finished["random"], *finished["uniform"], 1.0}
+    assert len(list((tmp_path / "finished").iterdir())) == len(distinct) + 2  # only the two uniform maps were new
 
 
 @pytest.mark.slow
