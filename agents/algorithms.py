@@ -75,17 +75,21 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES) ->
     return common | ({"ent_coef": "auto_0.1", "target_entropy": -2.0} if name == "sac" else {})
 
 
-def build_agent(name: str, env, *, seed: int, device: str, warm_up: int = WARM_UP_EPISODES) -> OffPolicyAlgorithm:
+def build_agent(
+    name: str, env, *, seed: int, device: str, warm_up: int = WARM_UP_EPISODES, noise_decay: float = 0.98, **changes
+) -> OffPolicyAlgorithm:
     """An untrained agent for ``env``.
 
     :param warm_up: episodes of random actions before the first gradient step (not of "arq")
+    :param noise_decay: as ``decay`` of :class:`DecayingNoise` (not of "arq" and "sac")
+    :param changes: keyword arguments of the algorithm in place of :func:`hyperparameters`'
     :raises ArqError: for an unknown algorithm
     """
     if name == "arq":
         return build_haq_agent(Monitor(HaqEnv(env.unwrapped)), seed=seed, device=device)
     if name not in ALGORITHMS:
         raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(AGENTS)}")
-    settings = hyperparameters(name, env.get_wrapper_attr("horizon"), warm_up)
+    settings = hyperparameters(name, env.get_wrapper_attr("horizon"), warm_up) | changes
     if name != "sac":  # SAC's own policy is random
-        settings["action_noise"] = DecayingNoise(env.action_space.shape[0], warm_up=warm_up)
+        settings["action_noise"] = DecayingNoise(env.action_space.shape[0], decay=noise_decay, warm_up=warm_up)
     return ALGORITHMS[name]("MlpPolicy", Monitor(env), seed=seed, device=device, **settings)

@@ -7,7 +7,13 @@
   al. 2017, without the parts that change the agent's loss).
 - ``exchange``: the last evaluations go to neighbours of the best map. Any search can have this one.
 
-The last three start from measured sensitivities, as the integer program does.
+The last three start from measured sensitivities, as the integer program does. Four more take away what the agents have by default,
+so that it can be measured:
+
+- ``onestep``: returns bootstrapped after one step, in place of the certifier's own reward.
+- ``onegradient``: one gradient step an episode, in place of one for each of its steps.
+- ``steadynoise``: exploration noise that does not shrink (DDPG and TD3).
+- ``unscaled``: relative ACR itself as reward, a tenth of the environment's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,10 +28,19 @@ from agents.algorithms import AGENTS, ALGORITHMS
 from agents.baselines import BASELINES, WITH_SENSITIVITIES, Proposals, affordable, greedy, integer_program
 from agents.recorder import Recorder
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
+from arq_env.env import REWARD_SCALE
 from arq_env.errors import ArqError
 from arq_env.sensitivity import MEASURED, places
 
-LEVERS = ("onehot", "features", "demonstrations", "exchange")
+#: What :func:`agents.algorithms.build_agent` is told to do otherwise.
+CHANGES = {
+    "onestep": {"replay_buffer_kwargs": {"n_steps": 1, "gamma": 1.0}},
+    "onegradient": {"gradient_steps": 1},
+    "steadynoise": {"noise_decay": 1.0},
+}
+#: Those that need measured sensitivities, and all.
+INFORMED = ("features", "demonstrations", "exchange")
+LEVERS = ("onehot", *INFORMED, *CHANGES, "unscaled")
 #: Evaluations that ``exchange`` keeps for itself.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.
@@ -43,15 +58,16 @@ def split_method(method: str) -> tuple[str, tuple[str, ...]]:
     for lever in levers:
         if lever not in LEVERS:
             raise ArqError(f"there is nothing called {lever!r} to add to {name}: choose of {', '.join(LEVERS)}")
-        if lever != "exchange" and name not in ALGORITHMS:
-            raise ArqError(f"{lever} cannot be added to {name}: only to {', '.join(ALGORITHMS)}")
+        able = [other for other in ALGORITHMS if lever != "steadynoise" or other != "sac"]  # SAC's own policy is random
+        if lever != "exchange" and name not in able:
+            raise ArqError(f"{lever} cannot be added to {name}: only to {', '.join(able)}")
     return name, tuple(levers)
 
 
 def uses_sensitivities(method: str) -> bool:
     """Whether a search measures the effect of few bits in each place before its first map."""
     name, levers = split_method(method)
-    return name in WITH_SENSITIVITIES or bool({*levers} - {"onehot"})
+    return name in WITH_SENSITIVITIES or not {*levers}.isdisjoint(INFORMED)
 
 
 class RowPerLayer(gymnasium.ObservationWrapper):
@@ -73,9 +89,16 @@ class RowPerLayer(gymnasium.ObservationWrapper):
 
 def seen_with(levers: tuple[str, ...], env: gymnasium.Env) -> gymnasium.Env:
     """The environment as an agent with these levers sees it."""
+    if "unscaled" in levers:
+        env = gymnasium.wrappers.TransformReward(env, lambda reward: reward / REWARD_SCALE)
     if "onehot" in levers:
         env = RowPerLayer(env, np.eye(env.unwrapped.horizon))
     return RowPerLayer(env, effects_by_layer(env.unwrapped)) if "features" in levers else env
+
+
+def changes(levers: tuple[str, ...]) -> dict:
+    """What :func:`agents.algorithms.build_agent` is told for these levers."""
+    return {key: value for lever in levers for key, value in CHANGES.get(lever, {}).items()}
 
 
 def effects_by_layer(env) -> np.ndarray:

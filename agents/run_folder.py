@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from agents.algorithms import ALGORITHMS, DecayingNoise, hyperparameters
-from agents.levers import split_method
+from agents.levers import changes, split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
 from arq_env.errors import ArqError
@@ -57,9 +57,11 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     settings = {}
     name, levers = split_method(algorithm)
     if name in ALGORITHMS:
-        settings = hyperparameters(name, env.get_wrapper_attr("horizon"))
+        told = changes(levers)
+        noise = {"decay": told.pop("noise_decay")} if "noise_decay" in told else {}
+        settings = hyperparameters(name, env.get_wrapper_attr("horizon")) | told
         settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
-        settings["action_noise"] = None if name == "sac" else vars(DecayingNoise(2))
+        settings["action_noise"] = None if name == "sac" else vars(DecayingNoise(2, **noise))
     config = config | {
         "algorithm": algorithm,
         "seed": seed,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from agents.algorithms import AGENTS, WARM_UP_EPISODES, build_agent
 from agents.baselines import BASELINES, Proposals
 from agents.callbacks import RecordEpisodes
-from agents.levers import EXCHANGES, demonstrate, demonstrations, exchange, seen_with, split_method
+from agents.levers import EXCHANGES, changes, demonstrate, demonstrations, exchange, seen_with, split_method
 from agents.recorder import Recorder
 from agents.run_folder import export_map, open_folder
 from agents.trace import Episode
@@ -115,7 +115,8 @@ def learn(
     :param shown: for ``demonstrations``, as :func:`agents.levers.demonstrate` takes them
     """
     env = seen_with(levers, env)
-    agent = build_agent(name, env, seed=seed, device=device, warm_up=0 if "demonstrations" in levers else WARM_UP_EPISODES)
+    warm_up = 0 if "demonstrations" in levers else WARM_UP_EPISODES
+    agent = build_agent(name, env, seed=seed, device=device, warm_up=warm_up, **changes(levers))
     agent.set_logger(recorder.logger)
     demonstrate(agent, recorder, islice(shown, until - len(recorder.done)))
     with warnings.catch_warnings():

@@ -8,11 +8,12 @@ from stable_baselines3.common.env_checker import check_env
 
 from agents.algorithms import build_agent
 from agents.baselines import greedy, integer_program
-from agents.levers import demonstrate, demonstrations, exchange, seen_with, split_method
+from agents.levers import changes, demonstrate, demonstrations, exchange, seen_with, split_method
 from agents.recorder import Recorder
 from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import MIN_BITS, bops, bops_fraction
+from arq_env.env import REWARD_SCALE
 from tests.toy import make_toy_env, outcome, search_toy
 
 
@@ -23,6 +24,7 @@ from tests.toy import make_toy_env, outcome, search_toy
         ("td3+luck", "nothing called 'luck'"),
         ("random+features", "cannot be added to random"),
         ("arq+demonstrations", "cannot be added to arq"),
+        ("sac+steadynoise", "only to ddpg, td3"),
     ],
 )
 def test_unknown_methods(tmp_path, method, message):
@@ -45,6 +47,29 @@ def test_features_are_those_of_the_layer_at_hand():
     assert (np.diff(rows[:-1].ravel()[np.argsort(effects)]) >= 0).all()  # the same order, on a scale of its own
     assert (np.array(seen)[:-1, 15 : 15 + base.horizon] == np.eye(base.horizon)).all()
     check_env(env, skip_render_check=True)
+
+
+def test_defaults_can_be_taken_away(tmp_path):
+    search_toy(tmp_path / "as it is", "td3", 3)
+    search_toy(tmp_path / "changed", "td3+onestep+onegradient+steadynoise", 3)
+    settings, changed = (json.loads((tmp_path / f / "config.json").read_text())["hyperparameters"] for f in ("as it is", "changed"))
+    differing = {key for key in settings if settings[key] != changed[key]}
+    assert differing == {"replay_buffer_kwargs", "gradient_steps", "action_noise"} and settings.keys() == changed.keys()
+    assert changed["gradient_steps"] == 1 and changed["action_noise"]["decay"] == 1
+    env = make_toy_env()
+    agent = build_agent("td3", env, seed=0, device="cpu", **changes(("onestep", "onegradient", "steadynoise")))
+    assert (agent.replay_buffer.n_steps, agent.gradient_steps, agent.action_noise.decay) == (1, 1, 1.0)
+
+
+def test_a_reward_without_its_scale():
+    base, env = make_toy_env(), seen_with(("unscaled",), make_toy_env())
+    ends = []
+    for each in (base, env):
+        each.reset()
+        for _ in range(base.horizon):
+            _, reward, _, _, info = each.step(np.zeros(2))
+        ends.append((reward, info["reward"]))
+    assert ends[1] == (ends[0][0] / REWARD_SCALE, ends[0][1]) and ends[0][0] != 0
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.03, 0.05])
