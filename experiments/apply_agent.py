@@ -16,8 +16,10 @@ def parse():
     add_environment(parser, training="consistency", regained_bits=1)
     budgets = (0.005, 0.007, 0.009, 0.012, 1 / 64, 0.025)
     parser.add_argument("--budgets", type=float, nargs="+", default=budgets, help="budgets to export a map for")
-    parser.add_argument("--output", type=Path, default=Path("runs/applied"), help="folder for the maps")
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, help="folder for the maps (default: below RUN, named by what it is applied to)")
+    options = parser.parse_args()
+    options.output = options.output or options.agent / f"applied-{options.env}-sigma{options.sigma:g}-{options.training}"
+    return options
 
 
 def main():

@@ -121,9 +121,9 @@ def test_one_agent_exports_a_map_for_each_budget(tmp_path):
     rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
     assert [row["budget"] for row in rows] == [0.01, 0.015] and all(row["bops_fraction"] <= row["budget"] for row in rows)
     applied = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --budgets 0.01 0.012")
-    again = script("apply_agent", tmp_path, *applied, "--output", tmp_path / "elsewhere")
+    again = script("apply_agent", tmp_path, *applied)
     assert again.returncode == 0, again.stderr
-    there = json.loads((tmp_path / "elsewhere" / "budgets.json").read_text())["rows"]
+    there = json.loads((tmp_path / "applied-ARQ-ResNet20-Signs-v0-sigma0.5-gaussian" / "budgets.json").read_text())["rows"]
     assert there[0] == rows[0] and 0 < there[1]["bops_fraction"] <= 0.012
     one = json.loads((tmp_path / "maps" / "0.015" / "bit_widths.json").read_text())
     assert one["budget"] == 0.015 and one["bops_fraction"] == rows[1]["bops_fraction"]
