@@ -162,13 +162,13 @@ def table(document: dict) -> str:
     for method, found in sorted(document["methods"].items(), key=lambda item: -item[1]["finished"]["mean"]):
         last = found["mean"][-1]
         reward = "no map yet" if last is None else f"{last:.3f} +- {found['standard_error'][-1]:.3f}"
-        distinct, reached = np.mean(found["distinct_maps"]), found.get("evaluations_to_random_s_reward")
+        distinct, reached = np.mean(found["distinct_maps"]), found.get("evaluations_to_random_s_reward", "")
         ratios = [ratio for ratio in found["confirmed_ratio"] if ratio is not None]
         confirmed = f"{np.mean(ratios):.3f}" if ratios else ""
         finished = f"{1 + found['finished']['mean']:.3f} +- {found['finished']['standard_error']:.3f}"
         seeds = ", ".join(f"{ratio:.3f}" for ratio in found["finished_ratio"])
         before = f"{found['setup_evaluations']:.0f}"
-        reached = reached or "not reached"
+        reached = "not reached" if reached is None else reached
         rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached} | {confirmed} | {finished} | {seeds} |")
     return "\n".join(rows)
 
