@@ -18,6 +18,8 @@ AGENTS = (*ALGORITHMS, "arq")
 EPISODES = 150
 #: Episodes of uniformly random actions before the first gradient step.
 WARM_UP_EPISODES = 20
+#: By which exploration noise shrinks, an episode.
+NOISE_DECAY = 0.98
 
 
 class DecayingNoise(ActionNoise):
@@ -34,7 +36,9 @@ class DecayingNoise(ActionNoise):
     :param warm_up: episodes of it
     """
 
-    def __init__(self, size: int, std: float = 0.5, decay: float = 0.98, least: float = 0.05, warm_up: int = WARM_UP_EPISODES):
+    def __init__(
+        self, size: int, std: float = 0.5, decay: float = NOISE_DECAY, least: float = 0.05, warm_up: int = WARM_UP_EPISODES
+    ):
         super().__init__()
         self.size, self.std, self.decay, self.least, self.warm_up = size, std, decay, least, warm_up
         self.episodes = -1
@@ -50,7 +54,7 @@ class DecayingNoise(ActionNoise):
         self.episodes += 1
 
 
-def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES) -> dict:
+def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, noise_decay: float = NOISE_DECAY, **changes) -> dict:
     """Keyword arguments for the algorithm.
 
     With ``gamma = 1`` and n-step returns over the whole episode, every sampled transition is learned from the certifier's
@@ -58,6 +62,8 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES) ->
 
     :param horizon: steps of an episode
     :param warm_up: episodes of random actions before the first gradient step
+    :param noise_decay: as ``decay`` of :class:`DecayingNoise`; not of "sac", whose own policy is random
+    :param changes: keyword arguments of the algorithm in place of those here
     """
     common = {
         "learning_rate": 1e-3,
@@ -72,24 +78,20 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES) ->
         "gradient_steps": -1,
         "policy_kwargs": {"net_arch": [300, 300]},
     }
-    return common | ({"ent_coef": "auto_0.1", "target_entropy": -2.0} if name == "sac" else {})
+    if name == "sac":
+        return common | {"ent_coef": "auto_0.1", "target_entropy": -2.0} | changes
+    return common | {"action_noise": DecayingNoise(2, decay=noise_decay, warm_up=warm_up)} | changes
 
 
-def build_agent(
-    name: str, env, *, seed: int, device: str, warm_up: int = WARM_UP_EPISODES, noise_decay: float = 0.98, **changes
-) -> OffPolicyAlgorithm:
+def build_agent(name: str, env, *, seed: int, device: str, **changes) -> OffPolicyAlgorithm:
     """An untrained agent for ``env``.
 
-    :param warm_up: episodes of random actions before the first gradient step (not of "arq")
-    :param noise_decay: as ``decay`` of :class:`DecayingNoise` (not of "arq" and "sac")
-    :param changes: keyword arguments of the algorithm in place of :func:`hyperparameters`'
+    :param changes: as for :func:`hyperparameters` (not of "arq")
     :raises ArqError: for an unknown algorithm
     """
     if name == "arq":
         return build_haq_agent(Monitor(HaqEnv(env.unwrapped)), seed=seed, device=device)
     if name not in ALGORITHMS:
         raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(AGENTS)}")
-    settings = hyperparameters(name, env.get_wrapper_attr("horizon"), warm_up) | changes
-    if name != "sac":  # SAC's own policy is random
-        settings["action_noise"] = DecayingNoise(env.action_space.shape[0], decay=noise_decay, warm_up=warm_up)
+    settings = hyperparameters(name, env.get_wrapper_attr("horizon"), **changes)
     return ALGORITHMS[name]("MlpPolicy", Monitor(env), seed=seed, device=device, **settings)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from agents.algorithms import ALGORITHMS, DecayingNoise, hyperparameters
+from agents.algorithms import ALGORITHMS, hyperparameters
 from agents.levers import changes, split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
@@ -57,11 +57,9 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     settings = {}
     name, levers = split_method(algorithm)
     if name in ALGORITHMS:
-        told = changes(levers)
-        noise = {"decay": told.pop("noise_decay")} if "noise_decay" in told else {}
-        settings = hyperparameters(name, env.get_wrapper_attr("horizon")) | told
+        settings = hyperparameters(name, env.get_wrapper_attr("horizon"), **changes(levers))
         settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
-        settings["action_noise"] = None if name == "sac" else vars(DecayingNoise(2, **noise))
+        settings["action_noise"] = vars(settings["action_noise"]) if "action_noise" in settings else None
     config = config | {
         "algorithm": algorithm,
         "seed": seed,

@@ -1,6 +1,6 @@
 """The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file agents.zoo.td3``."""
 
-from agents.algorithms import EPISODES, DecayingNoise, hyperparameters
+from agents.algorithms import EPISODES, hyperparameters
 from arq_env.registration import ENVIRONMENTS
 
 #: Steps of an episode of ResNet-20.
@@ -10,6 +10,4 @@ HORIZON = 18
 def configuration(algorithm: str) -> dict:
     """Environment id to keyword arguments, as rl_zoo3 reads them."""
     settings = {"policy": "MlpPolicy", "n_timesteps": EPISODES * HORIZON, **hyperparameters(algorithm, HORIZON)}
-    if algorithm != "sac":
-        settings["action_noise"] = DecayingNoise(2)
     return {name: dict(settings) for name in ENVIRONMENTS}
