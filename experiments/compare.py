@@ -42,6 +42,7 @@ def parse():
     command_line.add_processes(parser, "searches")
     add_finishing(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
+    parser.add_argument("--name", default="comparison", help="of table and plot there, before the budget")
     options = parser.parse_args()
     for method in options.methods:
         if split_method(method)[0] in WITH_OPTUNA:
@@ -69,7 +70,7 @@ def main():
         exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
         finished = finish(pool, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
-    name = f"comparison-budget{options.budget:g}"
+    name = f"{options.name}-budget{options.budget:g}"
     write_json(options.output / f"{name}.json", document)
     plot(document, options.output / f"{name}.png")
     print(table(document))
