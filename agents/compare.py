@@ -71,11 +71,11 @@ def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
 
 def setup_cost(method: str, env) -> float:
     """What a search measures before its first map, in evaluations by forward passes."""
-    evaluator = env.get_wrapper_attr("evaluator")
-    evaluation = CALIBRATION_IMAGES + evaluator.settings.forward_passes
-    if uses_sensitivities(method):
-        return forward_passes(evaluator.problem) / evaluation
-    return cached_samples(evaluator.settings) / evaluation if method == "arq" else 0.0
+    evaluator, (name, levers) = env.get_wrapper_attr("evaluator"), split_method(method)
+    passes = forward_passes(evaluator.problem) if uses_sensitivities(method) else 0
+    if name == "arq" or "incremental" in levers:
+        passes += cached_samples(evaluator.settings)
+    return passes / (CALIBRATION_IMAGES + evaluator.settings.forward_passes)
 
 
 def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -> np.ndarray:

@@ -5,6 +5,7 @@ al. 2019), which ARQ builds on; the reward is the certified radius by incrementa
 for about as many forward passes as an evaluation of this package.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import gymnasium
@@ -41,8 +42,7 @@ class HaqEnv(gymnasium.Env):
 
     def __init__(self, base):
         self.base, self.free_layers = base, base.free_layers
-        self.evaluator = Evaluator(base.problem, incremental(base.evaluator.settings))
-        self.evaluator.quantizer = base.evaluator.quantizer  # the same calibration
+        self._reward = incremental_reward(base)
         self.observation_space = spaces.Box(0, 1, (10,), np.float32)
         self.action_space = spaces.Box(-1, 1, (1,), np.float32)
         columns = ("depthwise", "in_channels", "out_channels", "stride", "kernel", "parameters", "input_size")
@@ -68,14 +68,19 @@ class HaqEnv(gymnasium.Env):
             return self._observe(), 0.0, False, False, {}
         pairs = zip(self.free_layers, self._bits[::2], self._bits[1::2], strict=True)
         bit_widths = cut_to_budget({layer.name: Bits(weight, activation) for layer, weight, activation in pairs}, self.base)
-        certified = self.evaluator.evaluate(bit_widths)
-        reward = REWARD_SCALE * (certified.acr / self.evaluator.reference.acr - 1)
-        return self._observe(), reward, True, False, self.base.judge(bit_widths)
+        return self._observe(), self._reward(bit_widths), True, False, self.base.judge(bit_widths)
 
     def _observe(self) -> np.ndarray:
         step = min(len(self._bits), self.horizon - 1)
         previous = self._bits[-1] / MAX_BITS if self._bits else 1.0
         return np.array([*self._static[step // 2], previous, step % 2], np.float32)
+
+
+def incremental_reward(base) -> Callable[[BitWidthMap], float]:
+    """ARQ's reward on an environment's problem, as a function of the map; each map is certified once."""
+    evaluator = Evaluator(base.problem, incremental(base.evaluator.settings))
+    evaluator.quantizer = base.evaluator.quantizer  # the same calibration
+    return lambda bit_widths: REWARD_SCALE * (evaluator.evaluate(bit_widths).acr / evaluator.reference.acr - 1)
 
 
 def incremental(settings: CertifierSettings) -> CertifierSettings:

@@ -7,13 +7,15 @@
   al. 2017, without the parts that change the agent's loss).
 - ``exchange``: the last evaluations go to neighbours of the best map. Any search can have this one.
 
-The last three start from measured sensitivities, as the integer program does. Four more take away what the agents have by default,
+The last three start from measured sensitivities, as the integer program does. Five more take away what the agents have by default,
 so that it can be measured:
 
 - ``onestep``: returns bootstrapped after one step, in place of the certifier's own reward.
 - ``onegradient``: one gradient step an episode, in place of one for each of its steps.
 - ``steadynoise``: exploration noise that does not shrink (DDPG and TD3).
 - ``unscaled``: relative ACR itself as reward, a tenth of the environment's.
+- ``incremental``: the published search's reward, certified by incremental smoothing, in place of soft radii under the same noise
+  for all maps. The trace keeps the environment's own.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,6 +28,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.algorithms import AGENTS, ALGORITHMS
 from agents.baselines import BASELINES, WITH_SENSITIVITIES, Proposals, affordable, greedy, integer_program
+from agents.haq import incremental_reward
 from agents.recorder import Recorder
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
 from arq_env.env import REWARD_SCALE
@@ -40,7 +43,7 @@ CHANGES = {
 }
 #: Those that need measured sensitivities, and all.
 INFORMED = ("features", "demonstrations", "exchange")
-LEVERS = ("onehot", *INFORMED, *CHANGES, "unscaled")
+LEVERS = ("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")
 #: Evaluations that ``exchange`` keeps for itself.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.
@@ -87,8 +90,28 @@ class RowPerLayer(gymnasium.ObservationWrapper):
         return np.concatenate([observation, self._rows[min(self.unwrapped.step_count, len(self._rows) - 1)]])
 
 
+class IncrementalReward(gymnasium.Wrapper):
+    """Replaces an episode's reward by :func:`agents.haq.incremental_reward`'s; ``info["reward"]`` stays the environment's own.
+
+    As in the published search's reconstruction each map is thus evaluated twice, and a resumed search certifies it again.
+
+    :param env: an :class:`arq_env.env.ArqEnv`, wrapped or not
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self._reward = incremental_reward(self.unwrapped)
+
+    def step(self, action):
+        """As the environment does; the last reward is the certified one."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, self._reward(info["bit_widths"]) if terminated else reward, terminated, truncated, info
+
+
 def seen_with(levers: tuple[str, ...], env: gymnasium.Env) -> gymnasium.Env:
     """The environment as an agent with these levers sees it."""
+    if "incremental" in levers:
+        env = IncrementalReward(env)
     if "unscaled" in levers:
         env = gymnasium.wrappers.TransformReward(env, lambda reward: reward / REWARD_SCALE)
     if "onehot" in levers:

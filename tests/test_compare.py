@@ -62,6 +62,8 @@ def test_the_cost_before_the_first_map():
     evaluation = 1280 + 32 * 16
     assert setup_cost("greedy", env) == pytest.approx(13 * 1792 / evaluation)
     assert setup_cost("arq", env) == pytest.approx(4 * (100 + 16 * 128) / evaluation)
+    both = setup_cost("greedy", env) + setup_cost("arq", env)
+    assert setup_cost("sac+incremental", env) == setup_cost("arq", env) and setup_cost("td3+features+incremental", env) == both
 
 
 def test_curves(tmp_path):

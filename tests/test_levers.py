@@ -8,6 +8,7 @@ from stable_baselines3.common.env_checker import check_env
 
 from agents.algorithms import build_agent
 from agents.baselines import greedy, integer_program
+from agents.haq import HaqEnv
 from agents.levers import changes, demonstrate, demonstrations, exchange, seen_with, split_method
 from agents.recorder import Recorder
 from agents.trace import read_trace
@@ -72,6 +73,20 @@ def test_a_reward_without_its_scale():
     assert ends[1] == (ends[0][0] / REWARD_SCALE, ends[0][1]) and ends[0][0] != 0
 
 
+def test_the_published_reward_in_place_of_the_environment_s():
+    env, alone = seen_with(("incremental", "unscaled"), make_toy_env()), HaqEnv(make_toy_env())
+    env.reset()
+    rewards = [env.step(np.zeros(2))[1] for _ in range(env.unwrapped.horizon - 1)]
+    _, reward, terminated, truncated, info = env.step(np.zeros(2))
+    assert not any(rewards) and terminated and not truncated
+    bits = [bits for layer in alone.free_layers for bits in info["bit_widths"][layer.name]]
+    alone.reset()
+    for one in bits:
+        _, published, *_, judged = alone.step(np.array([(one - MIN_BITS + 0.5) / 7 * 2 - 1]))
+    assert judged["bit_widths"] == info["bit_widths"] and judged["reward"] == info["reward"]
+    assert reward == published / REWARD_SCALE != info["reward"] / REWARD_SCALE
+
+
 @pytest.mark.parametrize("budget", [0.02, 0.03, 0.05])
 def test_encode_undoes_decode(budget):
     env, rng = make_toy_env(budget=budget), np.random.default_rng(0)
@@ -131,7 +146,15 @@ def test_exchange_tries_what_seems_to_cost_least_first():
 
 
 @pytest.mark.parametrize(
-    "method", ["td3+onehot", "td3+features", "sac+demonstrations", "ddpg+features+demonstrations+exchange", "random+exchange"]
+    "method",
+    [
+        "td3+onehot",
+        "td3+features",
+        "sac+demonstrations",
+        "sac+incremental",
+        "ddpg+features+demonstrations+exchange",
+        "random+exchange",
+    ],
 )
 def test_a_killed_search_ends_the_same(tmp_path, method, monkeypatch):
     monkeypatch.setattr("agents.search.EXCHANGES", 5)
