@@ -8,7 +8,7 @@ import torch
 from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat, configure
 from tqdm import tqdm
 
-from agents.trace import Episode, append_episode
+from agents.trace import Episode, append_episode, count_episodes
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, free_layers
 from arq_env.errors import ArqError
 from arq_env.files import drop_partial_line, lock
@@ -29,12 +29,16 @@ class Recorder:
     :param episodes: to run in all
     :param known: episodes already in the trace, which are replayed but not written again
     :param progress: show a bar
+    :raises ArqError: when another process records into the folder, or has done so since ``known`` was read
     """
 
     def __init__(self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: list[Episode] = (), *, progress: bool = True):
         self.path, self.layers, self.episodes, self.known = folder / "trace.jsonl", layers, episodes, list(known)
         self.done: list[Episode] = []
         self._lock = lock(folder / "config.json")  # before anything in the folder is touched
+        if count_episodes(self.path) != len(self.known):
+            self._lock.close()
+            raise ArqError(f"another process has just written {self.path}: run the same command again")
         drop_partial_line(self.path)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
         self.logger: Logger = configure(str(folder / "tensorboard"), ["tensorboard"])

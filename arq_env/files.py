@@ -31,8 +31,9 @@ def atomic_file(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.part"):
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
             partial = Path(file.name)
             yield file.file

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from agents.algorithms import WARM_UP_EPISODES, DecayingNoise
+from agents.recorder import Recorder
 from agents.search import CANDIDATES, confirm
 from agents.trace import read_trace
 from arq_env import ArqError
@@ -132,6 +133,16 @@ def test_two_processes_never_write_one_trace(tmp_path):
             search_toy(tmp_path, episodes=3)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     search_toy(tmp_path, episodes=3)
+
+
+def test_a_process_that_read_the_trace_too_early_does_not_add_to_it(tmp_path):
+    search_toy(tmp_path, episodes=2)
+    known = read_trace(tmp_path / "trace.jsonl")
+    search_toy(tmp_path, episodes=3)
+    for _ in range(2):  # the first leaves no lock behind
+        with pytest.raises(ArqError, match="another process has just written"):
+            Recorder(tmp_path, make_toy_env().layers, 4, known, progress=False)
+    assert len(read_trace(tmp_path / "trace.jsonl")) == 3
 
 
 def test_a_finished_search_is_left_as_it_is(tmp_path):
