@@ -10,7 +10,7 @@ from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
 from agents.haq import cached_samples
 from agents.levers import split_method, uses_sensitivities
-from agents.run_folder import evaluation_identity
+from agents.run_folder import evaluation_identity, read_config
 from agents.search import search
 from agents.trace import Episode, read_trace
 from arq_env.evaluation import Evaluator
@@ -34,7 +34,9 @@ def is_deterministic(method: str) -> bool:
 
 
 def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, store: Path, config: dict) -> None:
-    """Run or resume one search as :func:`agents.search.search` does, but maps evaluated alike anywhere below ``store`` are free.
+    """Run or resume one search as :func:`agents.search.search` does, but for free where a map was evaluated before.
+
+    That is, alike and in any run folder two levels below ``store``.
 
     :param episodes: evaluations, of which those count that the search needs before its first map (:func:`setup_cost`)
     :param config: as for :func:`agents.search.search`
@@ -52,7 +54,7 @@ def recall(evaluator: Evaluator, store: Path) -> None:
     """Take over the evaluations from all run folders two levels below a folder that were made alike."""
     wanted = evaluation_identity(evaluator)
     for path in sorted(store.glob("*/*/config.json")):
-        config = json.loads(path.read_text())
+        config = read_config(path)
         if {key: config.get(key) for key in wanted} == wanted:
             for episode in read_trace(path.parent / "trace.jsonl"):
                 evaluator.remember(episode.bit_widths, episode.evaluation)

@@ -4,11 +4,14 @@ A search can win its reward and lose the network; this is the number that counts
 :func:`add_finishing` and :func:`agents.main.add_environment`.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
@@ -22,6 +25,7 @@ from agents.search import CONFIRMING_STEPS
 from arq_env import command_line
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
+from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256, write_json
 from arq_env.finetuning import brief_recipe, finish_briefly
@@ -35,18 +39,35 @@ def add_finishing(parser) -> None:
     parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
 
 
+@contextlib.contextmanager
 def workers(processes: int):
-    """A pool of processes, each started anew for a task; leaving its block ends them at once, also for Ctrl-C or an error."""
-    return multiprocessing.get_context("spawn").Pool(processes, _start_worker, maxtasksperchild=1)
+    """A pool of processes; leaving its block by Ctrl-C or an error ends them at once.
+
+    :raises ArqError: when one of them is killed
+    """
+    context = multiprocessing.get_context("spawn")
+    open_end, held_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (open_end,))
+    try:
+        yield pool
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        raise ArqError("a worker process was killed, perhaps for its memory: run the same command again, it goes on") from error
+    finally:
+        held_end.close()
+        pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition."""
+def _start_worker(open_end) -> None:
+    """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition.
+
+    :param open_end: of a pipe; the worker ends when the parent closes the other end
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
-        connection.wait([multiprocessing.parent_process().sentinel])
+        connection.wait([multiprocessing.parent_process().sentinel, open_end])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -61,8 +82,8 @@ def finish(pool, maps: dict, options, store: Path) -> dict[object, np.ndarray]:
     """
     keys = {name: json.dumps(bit_widths) for name, bit_widths in maps.items()}
     distinct = {key: maps[name] for name, key in keys.items()}
-    tasks = {key: pool.apply_async(_finish_one, (bit_widths, options, store)) for key, bit_widths in distinct.items()}
-    radii = {key: task.get() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
+    tasks = {key: pool.submit(_finish_one, bit_widths, options, store) for key, bit_widths in distinct.items()}
+    radii = {key: task.result() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
     return {name: radii[key] for name, key in keys.items()}
 
 
@@ -86,6 +107,8 @@ def finished_radii(
     problem = evaluator.problem
     recipe = asdict(brief_recipe(problem, steps))
     identity = [bit_widths, problem.digest, recipe, asdict(settings), provenance()["versions"]]
+    if problem.device.type != "cpu":
+        identity.append(str(problem.device))
     path = folder / f"{sha256(json.dumps(identity).encode())[:16]}.json"
     if not path.exists():
         certificates = certify_on_test_images(problem, finish_briefly(evaluator, bit_widths, steps), settings)

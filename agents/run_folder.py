@@ -77,11 +77,8 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
             raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
         write_json(path, config | {"provenance": provenance()})
         return []
-    try:
-        found = json.loads(path.read_text())
-        found.pop("provenance", None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
+    found = read_config(path)
+    found.pop("provenance", None)
     differing = sorted(key for key in config.keys() | found.keys() if config.get(key) != found.get(key))
     if differing:
         raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
@@ -89,3 +86,17 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     if episodes < len(known):
         raise ArqError(f"{folder} already has {len(known)} episodes: ask for at least as many, or choose another --output")
     return known
+
+
+def read_config(path: Path) -> dict:
+    """What a run folder's ``config.json`` says.
+
+    :raises ArqError: when it cannot be read
+    """
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
+    return config
