@@ -87,13 +87,17 @@ def train_for_any_budget(
 
     The folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/`` and ``agent.zip``.
 
-    :param algorithm: of stable-baselines3, and what :mod:`agents.levers` adds but ``exchange``, such as ``td3+features``;
+    :param algorithm: of stable-baselines3, and what :mod:`agents.levers` adds but ``exchange`` and
+        ``incremental``, such as ``td3+features``;
         ``demonstrations`` are the integer program's maps for :data:`DEMONSTRATED` budgets
     :param budgets: least and greatest fraction of FP32's bit operations
     """
     name, levers = split_method(algorithm)
-    if name not in ALGORITHMS or "exchange" in levers:
-        raise ArqError(f"{algorithm!r} cannot be trained on drawn budgets: choose one of {', '.join(ALGORITHMS)}, without exchange")
+    if name not in ALGORITHMS or not {"exchange", "incremental"}.isdisjoint(levers):
+        raise ArqError(
+            f"{algorithm!r} cannot be trained on drawn budgets: choose one of {', '.join(ALGORITHMS)}, "
+            "without exchange and without incremental"
+        )
     folder, drawn = Path(folder), DrawnBudget(env, *budgets)
     known = open_folder(folder, algorithm, env, episodes, seed, (config or {}) | {"budgets": list(budgets)})
     shown = _demonstrations(env.unwrapped, budgets) if "demonstrations" in levers else ()

@@ -5,7 +5,8 @@
 - ``features``: the agent sees what few bits would cost in the layer at hand.
 - ``demonstrations``: the maps of the integer program and of greedy are played first, in place of random episodes (Vecerik et
   al. 2017, without the parts that change the agent's loss).
-- ``exchange``: the last evaluations go to neighbours of the best map. Any search can have this one.
+- ``exchange``: the last evaluations go to neighbours of the best map: :data:`EXCHANGES`, and what a search that ended early has
+  left. Any search can have this one.
 
 The last three start from measured sensitivities, as the integer program does. Five more take away what the agents have by default,
 so that it can be measured:
@@ -44,7 +45,7 @@ CHANGES = {
 #: Those that need measured sensitivities, and all.
 INFORMED = ("features", "demonstrations", "exchange")
 LEVERS = ("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")
-#: Evaluations that ``exchange`` keeps for itself.
+#: Evaluations that ``exchange`` keeps for itself, at least.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.
 LEAST_EFFECT = 1e-5

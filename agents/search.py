@@ -19,6 +19,7 @@ from agents.recorder import Recorder
 from agents.run_folder import export_map, open_folder
 from agents.trace import Episode
 from arq_env.bitwidths import BitWidthMap
+from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file
 from arq_env.finetuning import finish_briefly
@@ -56,9 +57,14 @@ def search(
     :param device: of the agent
     :param confirming_steps: as for :func:`confirm`
     :param config: written to ``config.json`` beside the settings of the search; two runs are the same when it is equal
-    :raises ArqError: for an unknown algorithm, when the folder holds another search, and when there is no episode to run
+    :raises ArqError: for an unknown algorithm, when the folder holds another search, and when there are too few episodes to run
     """
     name, levers = split_method(algorithm)
+    if "exchange" in levers and name in AGENTS and episodes <= EXCHANGES + WARM_UP_EPISODES:
+        raise ArqError(
+            f"{episodes} episodes leave none to learn from: exchange keeps {EXCHANGES} and warm-up takes {WARM_UP_EPISODES}, "
+            "so ask for more, or leave exchange out"
+        )
     folder = Path(folder)
     known = open_folder(folder, algorithm, env, episodes, seed, config or {})
     if (exported := _exported(folder, episodes)) is not None and exported <= len(known):
@@ -122,7 +128,8 @@ def learn(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You specified a buffer size")
         steps = (until - len(recorder.done)) * agent.env.get_attr("horizon")[0]
-        agent.learn(steps, callback=RecordEpisodes(recorder), log_interval=1)
+        agent.num_timesteps = len(recorder.done) * agent.env.get_attr("horizon")[0]  # curves go on after demonstrations
+        agent.learn(steps, callback=RecordEpisodes(recorder), log_interval=1, reset_num_timesteps=False)
     with atomic_file(folder / "agent.zip") as file:
         agent.save(file)
     return agent

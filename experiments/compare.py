@@ -6,7 +6,8 @@ that the searches export are then fine-tuned by one short recipe and certified o
 a search can win its reward and lose the network. Stop it at any time: the same command goes on.
 """
 
-import json
+import math
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +21,7 @@ from agents.finishing import add_finishing, finish, workers
 from agents.levers import split_method
 from agents.main import add_environment, make_env
 from agents.trace import count_episodes, read_trace
-from arq_env import command_line
+from arq_env import ArqError, command_line
 from arq_env.bitwidths import load_map
 from arq_env.comparison import FP32
 from arq_env.files import write_json
@@ -41,9 +42,10 @@ def parse():
     add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
     add_finishing(parser)
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, table and plot")
-    parser.add_argument("--name", default="comparison", help="of table and plot there, before the budget")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, figures and plot")
+    parser.add_argument("--name", default="comparison", help="of figures and plot there, before the budget")
     options = parser.parse_args()
+    options.methods = list(dict.fromkeys(options.methods))
     for method in options.methods:
         if split_method(method)[0] in WITH_OPTUNA:
             import_optuna()
@@ -53,18 +55,20 @@ def parse():
 def main():
     options = parse()
     env = make_env(options)  # before any worker starts, so that mistakes come first
+    for method in options.methods:
+        if options.episodes <= (setup := math.ceil(setup_cost(method, env))):
+            raise ArqError(f"{method} measures {setup} evaluations' worth before its first map: give --episodes more than that")
     runs = [
         (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or not is_deterministic(method)
     ]
     folders = {run: options.output / f"budget{options.budget:g}" / "{}-seed{}".format(*run) for run in runs}
     with workers(options.processes) as pool:
         with tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar:
-            searches = [pool.apply_async(search_one, (run, folders[run], options)) for run in runs]
+            searches = {pool.submit(search_one, run, folders[run], options) for run in runs}
             while searches:
-                searches[0].wait(2)
-                for search in [search for search in searches if search.ready()]:
-                    search.get()  # raises what it ended with
-                    searches.remove(search)
+                done, searches = wait(searches, timeout=2, return_when=FIRST_COMPLETED)
+                for search in done:
+                    search.result()  # raises what it ended with
                 bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
                 bar.refresh()
         exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
@@ -92,18 +96,19 @@ def search_one(run, folder: Path, options) -> None:
 
 def summary(env, folders: dict, finished: dict, options) -> dict:
     """The searches' curves, where each ended, and what its maps are worth when finished."""
-    methods = {}
+    methods, layers = {}, env.get_wrapper_attr("layers")
     fp32 = finished[FP32]
     for method in options.methods:
         setup = setup_cost(method, env)
         traces = {seed: read_trace(folder / "trace.jsonl") for (name, seed), folder in folders.items() if name == method}
         curves = np.stack([best_so_far(trace, options.episodes, setup) for trace in traces.values()])
-        exported = [json.loads((folders[method, seed] / "bit_widths.json").read_text())["metrics"] for seed in traces]
+        exported = [load_map(folders[method, seed] / "bit_widths.json", layers)[1]["metrics"] for seed in traces]
         methods[method] = {
             "setup_evaluations": setup,
             "proposed_maps": [len(trace) for trace in traces.values()],
             "distinct_maps": [trace[-1].evaluations for trace in traces.values()],
             "best_reward": curves[:, -1].tolist(),
+            "exported_reward": [metrics["reward"] for metrics in exported],
             "confirmed_ratio": [confirmed_ratio(metrics) for metrics in exported],
             "finished_ratio": [float(finished[method, seed].mean() / fp32.mean()) for seed in traces],
             "mean": [None if np.isnan(value) else value for value in curves.mean(0).tolist()],
@@ -119,14 +124,14 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
         found["finished_against"] = {
             other: difference(over_seeds[method], over_seeds[other], fp32) for other in methods if other != method
         }
-    pairs = [(reward, ratio) for m in methods.values() for reward, ratio in zip(m["best_reward"], m["finished_ratio"], strict=True)]
+    pairs = {pair for m in methods.values() for pair in zip(m["exported_reward"], m["finished_ratio"], strict=True)}
     agreement = float(stats.spearmanr(*zip(*pairs, strict=True))[0]) if len(pairs) > 2 else None
     names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
     settings = {name: getattr(options, name) for name in names}
     return {
         "settings": settings,
         "fp32_finished_acr": float(fp32.mean()),
-        "spearman_of_best_reward_and_finished_ratio": agreement,
+        "spearman_of_exported_reward_and_finished_ratio": agreement,
         "methods": methods,
         "provenance": provenance(),
     }
@@ -156,9 +161,9 @@ def standard_error(curves: np.ndarray) -> np.ndarray:
 def table(document: dict) -> str:
     """One line a search, as Markdown, sorted by what its maps are worth when finished: a best score is in part luck."""
     rows = [
-        "| search | evaluations before | distinct maps | best reward in the search | to random's | of FP32 on other reward images "
-        "| finished: of FP32 finished alike | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| search | evaluations before the first map | distinct maps | best reward | evaluations to random's "
+        "| reward of the exported map | its ACR over FP32's on other reward images | finished: over FP32 finished alike | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, found in sorted(document["methods"].items(), key=lambda item: -item[1]["finished"]["mean"]):
         last = found["mean"][-1]
@@ -170,7 +175,8 @@ def table(document: dict) -> str:
         seeds = ", ".join(f"{ratio:.3f}" for ratio in found["finished_ratio"])
         before = f"{found['setup_evaluations']:.0f}"
         reached = "not reached" if reached is None else reached
-        rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached} | {confirmed} | {finished} | {seeds} |")
+        own = f"{np.mean(found['exported_reward']):.3f}"
+        rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached} | {own} | {confirmed} | {finished} | {seeds} |")
     return "\n".join(rows)
 
 

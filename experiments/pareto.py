@@ -26,7 +26,7 @@ def parse():
     command_line.add_processes(parser, "maps")
     add_finishing(parser)
     parser.add_argument("--store", type=Path, default=Path("runs/compare"), help="folder of compare.py, for what is finished")
-    parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; table and plot go beside it")
+    parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; the plot goes beside it")
     options = parser.parse_args()
     for name, *given in options.maps:
         if not given:

@@ -16,7 +16,7 @@ def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--algorithm", default="td3", help="of stable-baselines3, and levers, such as td3+features+demonstrations")
     add_environment(parser, training="consistency", regained_bits=1)
-    parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try, the first 20 at random")
+    parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try")
     parser.add_argument("--low", type=float, default=0.005, help="smallest budget, as a fraction of FP32's bit operations")
     parser.add_argument("--high", type=float, default=0.03, help="largest budget")
     parser.add_argument(
@@ -28,8 +28,11 @@ def parse():
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
     parser.add_argument("--output", type=Path, default=Path("runs/any-budget"), help="run folder")
     options = parser.parse_args()
+    if not 0 < options.low < options.high <= 1:
+        raise ArqError(f"budgets from {options.low} to {options.high} were asked for: give two fractions in (0, 1], --low first")
     if options.budgets is None:
-        options.budgets = [float(f"{budget:.2g}") for budget in np.geomspace(options.low, options.high, 8)]
+        even = np.geomspace(options.low, options.high, 8)
+        options.budgets = [min(max(float(f"{budget:.2g}"), options.low), options.high) for budget in even]
     elif outside := [budget for budget in options.budgets if not options.low <= budget <= options.high]:
         raise ArqError(f"the agent learns on budgets from {options.low} to {options.high}, and {outside[0]} is not: change either")
     return options

@@ -85,8 +85,9 @@ def test_it_can_learn_from_the_integer_program_s_maps_at_many_budgets(tmp_path, 
     assert map_for_budget(agent, seen_with(("features",), env), 0.03)["bops_fraction"] <= 0.03
     with pytest.raises(ArqError, match="sees another network's layers"):
         export_budgets(agent, env, "td3+onehot", [0.03], tmp_path)
-    with pytest.raises(ArqError, match="without exchange"):
-        run(tmp_path / "b", algorithm="td3+exchange")
+    for algorithm in ("td3+exchange", "td3+incremental", "random"):
+        with pytest.raises(ArqError, match="without exchange and without incremental"):
+            run(tmp_path / "b", algorithm=algorithm)
 
 
 def test_budgets_out_of_order(tmp_path):

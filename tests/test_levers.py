@@ -158,16 +158,31 @@ def test_exchange_tries_what_seems_to_cost_least_first():
 )
 def test_a_killed_search_ends_the_same(tmp_path, method, monkeypatch):
     monkeypatch.setattr("agents.search.EXCHANGES", 5)
-    search_toy(tmp_path / "whole", method, 24)
+    search_toy(tmp_path / "whole", method, 28)
     trace = tmp_path / "cut" / "trace.jsonl"
-    search_toy(tmp_path / "cut", method, 24)
+    search_toy(tmp_path / "cut", method, 28)
     kept = trace.read_text().splitlines(keepends=True)[:15]
     (tmp_path / "cut" / "bit_widths.json").unlink()
     trace.write_text("".join(kept))
-    search_toy(tmp_path / "cut", method, 24)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole") and len(read_trace(trace)) == 24
+    search_toy(tmp_path / "cut", method, 28)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole") and len(read_trace(trace)) == 28
     assert all(episode.bops_fraction <= 0.03 for episode in read_trace(trace))
     assert json.loads((tmp_path / "cut" / "config.json").read_text())["algorithm"] == method
+
+
+def test_exchange_must_leave_an_agent_something_to_learn_from(tmp_path):
+    with pytest.raises(ArqError, match="70 episodes leave none to learn from"):
+        search_toy(tmp_path, "td3+demonstrations+exchange", 70)
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_go_on_after_demonstrations(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    search_toy(tmp_path, "sac+demonstrations", 14)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    horizon = make_toy_env().horizon
+    assert [event.step for event in events.Scalars("arq/reward")] == [horizon * episode for episode in range(1, 15)]
 
 
 def test_a_search_that_ends_in_exchanges_cannot_be_made_longer(tmp_path):

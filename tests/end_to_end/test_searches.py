@@ -70,6 +70,12 @@ def test_comparing_mistakes(called, tmp_path):
     assert_one_line_error(called("train_td3", "--add", "luck", "--output", tmp_path), "luck", "exchange")
     assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+    signs = ["--env", "ARQ-ResNet20-Signs-v0", "--training", "gaussian"]
+    dear = called("compare", *signs, "--methods", "greedy", "--episodes", "20", "--output", tmp_path)
+    assert_one_line_error(dear, "greedy measures", "--episodes more")
+    assert_one_line_error(
+        called("train_any_budget", "--low", "0", "--output", tmp_path / "x"), "budgets from 0.0 to 0.03", "low first"
+    )
     assert_one_line_error(called("apply_agent", tmp_path), "holds no agent for all budgets")
     assert_one_line_error(called("pareto", "--maps", "mine"), "mine names no map")
     assert_one_line_error(called("pareto", "--maps", "mine", "W9A4"), "9", "2 to 8")
@@ -88,7 +94,7 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
     document = json.loads((tmp_path / "comparison-budget0.007.json").read_text())
     assert document["methods"]["random"]["proposed_maps"] == [2, 2]
-    assert -1 <= document["spearman_of_best_reward_and_finished_ratio"] <= 1
+    assert -1 <= document["spearman_of_exported_reward_and_finished_ratio"] <= 1
     mean, runs = document["methods"]["random"]["mean"], document["methods"]["random"]["best_reward"]
     assert mean[-1] == pytest.approx(np.mean(runs)) and mean == sorted(mean)
     finished = {name: found["finished_ratio"] for name, found in document["methods"].items()}
