@@ -115,8 +115,9 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert [row["map"] for row in curves["uniform"]] == ["W2A2", "W3A3"]
     rows = curves["random"]
     assert sorted(row["ratio"] for row in rows) == pytest.approx(sorted(finished["random"])) and output.with_suffix(".png").exists()
-    distinct = {*finished["random"], *finished["uniform"], 1.0}
-    assert len(list((tmp_path / "finished").iterdir())) == len(distinct) + 2  # only the two uniform maps were new
+    exported = (json.loads(path.read_text())["layers"] for path in tmp_path.glob("budget0.007/*/bit_widths.json"))
+    distinct = {json.dumps(layers) for layers in exported}
+    assert len(list((tmp_path / "finished").iterdir())) == len(distinct) + 1 + 2  # beside FP32 only the two uniform maps were new
 
 
 @pytest.mark.slow
