@@ -2,9 +2,10 @@
 
 Each --maps is the name of one way to find maps and its maps: bit_widths.json files, or uniform bits such as W4A4. Every map is
 fine-tuned by one short recipe and certified on test images, as compare.py does it, and what is in --store already is not made
-again.
+again. Maps of two curves that cost about the same are also compared in pairs, image by image.
 """
 
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,9 @@ from arq_env.bitwidths import bops_fraction, load_map, named_uniform
 from arq_env.comparison import FP32, standard_error
 from arq_env.files import write_json
 from arq_env.provenance import provenance
+
+#: Maps whose bit operations differ by no more than this factor are compared in pairs.
+ALIKE = 1.1
 
 
 def parse():
@@ -49,10 +53,11 @@ def main():
     for rows in curves.values():
         rows.sort(key=lambda row: row["bops_fraction"])
     settings = {name: getattr(options, name) for name in ("env", "sigma", "training", "steps", "every", "n")}
-    document = {"settings": settings, "fp32_finished_acr": float(fp32.mean()), "curves": curves, "provenance": provenance()}
-    write_json(options.output, document)
+    pairs = paired(curves, radii, float(fp32.mean()))
+    figures = {"fp32_finished_acr": float(fp32.mean()), "curves": curves, "pairs": pairs}
+    write_json(options.output, {"settings": settings, **figures, "provenance": provenance()})
     plot(curves, options)
-    print(table(curves))
+    print(table(curves, pairs))
 
 
 def chosen_map(given: str, layers):
@@ -61,11 +66,28 @@ def chosen_map(given: str, layers):
     return load_map(Path(given), layers)[0] if uniform is None else uniform
 
 
-def table(curves: dict) -> str:
-    """One line a map, as Markdown."""
+def paired(curves: dict, radii: dict, fp32: float) -> list[dict]:
+    """The difference in ACR, over FP32's, of each two maps of different curves that cost about the same."""
+    rows, pairs = [(name, row) for name, curve in curves.items() for row in curve], []
+    for (a, first), (b, second) in combinations(rows, 2):
+        costs = [first["bops_fraction"], second["bops_fraction"]]
+        if a != b and max(costs) <= ALIKE * min(costs):
+            less = (radii[a, first["map"]] - radii[b, second["map"]]) / fp32
+            found = {"difference": float(less.mean()), "standard_error": standard_error(less), "cost_ratio": costs[0] / costs[1]}
+            pairs.append({"maps": [a, first["map"]], "against": [b, second["map"]], **found})
+    return pairs
+
+
+def table(curves: dict, pairs: list[dict]) -> str:
+    """One line a map and one a pair, as Markdown."""
     lines = ["| maps | BOPs of FP32 | ACR of FP32 finished alike |", "| --- | --- | --- |"]
     for name, rows in curves.items():
         lines += [f"| {name} | {row['bops_fraction']:.3%} | {row['ratio']:.3f} +- {row['standard_error']:.3f} |" for row in rows]
+    lines += ["", "| map | against | its cost over that one's | difference in ACR over FP32's |", "| --- | --- | --- | --- |"]
+    for pair in pairs:
+        (a, first), (b, second) = pair["maps"], pair["against"]
+        difference = f"{pair['difference']:+.4f} +- {pair['standard_error']:.4f}"
+        lines.append(f"| {a}: {first} | {b}: {second} | {pair['cost_ratio']:.3f} | {difference} |")
     return "\n".join(lines)
 
 

@@ -108,13 +108,18 @@ def test_searches_are_compared_and_resumed(tmp_path):
     files = [str(tmp_path / "budget0.007" / f"random-seed{seed}" / "bit_widths.json") for seed in (0, 1)]
     alike = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --steps 2 --every 100 --n 20")
     output = tmp_path / "pareto.json"
-    named = ["--maps", "random", *files, "--maps", "uniform", "W2A2", "W3A3"]
+    even = str(tmp_path / "budget0.007" / "uniform-seed0" / "bit_widths.json")
+    named = ["--maps", "random", *files, "--maps", "uniform", "W2A2", "W3A3", even]
     curve = script("pareto", *named, *alike, "--store", tmp_path, "--output", output)
     assert curve.returncode == 0 and curve.stdout.count("| random |") == 2, curve.stderr
+    pairs = json.loads(output.read_text())["pairs"]
     curves = json.loads(output.read_text())["curves"]
-    assert [row["map"] for row in curves["uniform"]] == ["W2A2", "W3A3"]
+    assert [row["map"] for row in curves["uniform"]] == ["W2A2", even, "W3A3"]
     rows = curves["random"]
     assert sorted(row["ratio"] for row in rows) == pytest.approx(sorted(finished["random"])) and output.with_suffix(".png").exists()
+    cost = {row["map"]: (row["bops_fraction"], row["ratio"]) for curve in curves.values() for row in curve}
+    near = {(a, even): cost[a][1] - cost[even][1] for a in files if cost[a][0] <= 1.1 * cost[even][0]}  # 2 and 3 bits are not
+    assert {(pair["maps"][1], pair["against"][1]): pair["difference"] for pair in pairs} == pytest.approx(near) and near
     exported = (json.loads(path.read_text())["layers"] for path in tmp_path.glob("budget0.007/*/bit_widths.json"))
     distinct = {json.dumps(layers) for layers in exported}
     assert len(list((tmp_path / "finished").iterdir())) == len(distinct) + 1 + 2  # beside FP32 only the two uniform maps were new
