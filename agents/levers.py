@@ -38,13 +38,14 @@ from arq_env.sensitivity import MEASURED, places
 
 #: What :func:`agents.algorithms.build_agent` is told to do otherwise.
 CHANGES = {
+    "demonstrations": {"warm_up": 0},
     "onestep": {"replay_buffer_kwargs": {"n_steps": 1, "gamma": 1.0}},
     "onegradient": {"gradient_steps": 1},
     "steadynoise": {"noise_decay": 1.0},
 }
 #: Those that need measured sensitivities, and all.
 INFORMED = ("features", "demonstrations", "exchange")
-LEVERS = ("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")
+LEVERS = tuple(dict.fromkeys(("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")))
 #: Evaluations that ``exchange`` keeps for itself, at least.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.

@@ -121,8 +121,7 @@ def learn(
     :param shown: for ``demonstrations``, as :func:`agents.levers.demonstrate` takes them
     """
     env = seen_with(levers, env)
-    warm_up = 0 if "demonstrations" in levers else WARM_UP_EPISODES
-    agent = build_agent(name, env, seed=seed, device=device, warm_up=warm_up, **changes(levers))
+    agent = build_agent(name, env, seed=seed, device=device, **changes(levers))
     agent.set_logger(recorder.logger)
     demonstrate(agent, recorder, islice(shown, until - len(recorder.done)))
     with warnings.catch_warnings():

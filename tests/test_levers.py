@@ -54,6 +54,9 @@ def test_defaults_can_be_taken_away(tmp_path):
     search_toy(tmp_path / "as it is", "td3", 3)
     search_toy(tmp_path / "changed", "td3+onestep+onegradient+steadynoise", 3)
     settings, changed = (json.loads((tmp_path / f / "config.json").read_text())["hyperparameters"] for f in ("as it is", "changed"))
+    search_toy(tmp_path / "shown", "td3+demonstrations", 12)
+    shown = json.loads((tmp_path / "shown" / "config.json").read_text())["hyperparameters"]
+    assert shown["learning_starts"] == shown["action_noise"]["warm_up"] == 0 < settings["learning_starts"]
     differing = {key for key in settings if settings[key] != changed[key]}
     assert differing == {"replay_buffer_kwargs", "gradient_steps", "action_noise"} and settings.keys() == changed.keys()
     assert changed["gradient_steps"] == 1 and changed["action_noise"]["decay"] == 1
