@@ -24,6 +24,7 @@ METHODS = (
     "integer_program+exchange",
     "arq",
     *ALGORITHMS,
+    "sac+exchange",
     *(f"{agent}+features+demonstrations+exchange" for agent in ("td3", "sac")),
 )
 

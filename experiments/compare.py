@@ -42,6 +42,7 @@ def parse():
     add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
     add_finishing(parser)
+    parser.add_argument("--rewards-only", action="store_true", help="finish no map")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, figures and plot")
     parser.add_argument("--name", default="comparison", help="of figures and plot there, before the budget")
     options = parser.parse_args()
@@ -72,7 +73,7 @@ def main():
                 bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
                 bar.refresh()
         exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
-        finished = finish(pool, {FP32: None, **exported}, options, store=options.output)
+        finished = {} if options.rewards_only else finish(pool, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
     name = f"{options.name}-budget{options.budget:g}"
     write_json(options.output / f"{name}.json", document)
@@ -95,9 +96,11 @@ def search_one(run, folder: Path, options) -> None:
 
 
 def summary(env, folders: dict, finished: dict, options) -> dict:
-    """The searches' curves, where each ended, and what its maps are worth when finished."""
+    """The searches' curves, where each ended, and what its maps are worth when finished.
+
+    :param finished: radii of each run's map and of FP32, or nothing
+    """
     methods, layers = {}, env.get_wrapper_attr("layers")
-    fp32 = finished[FP32]
     for method in options.methods:
         setup = setup_cost(method, env)
         traces = {seed: read_trace(folder / "trace.jsonl") for (name, seed), folder in folders.items() if name == method}
@@ -110,7 +113,6 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
             "best_reward": curves[:, -1].tolist(),
             "exported_reward": [metrics["reward"] for metrics in exported],
             "confirmed_ratio": [confirmed_ratio(metrics) for metrics in exported],
-            "finished_ratio": [float(finished[method, seed].mean() / fp32.mean()) for seed in traces],
             "mean": [None if np.isnan(value) else value for value in curves.mean(0).tolist()],
             "standard_error": standard_error(curves).tolist(),
         }
@@ -118,23 +120,25 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
         goal = methods["random"]["mean"][-1]
         for found in methods.values():
             found["evaluations_to_random_s_reward"] = reaches(np.array(found["mean"], float), goal)
+    names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
+    settings = {name: getattr(options, name) for name in names}
+    agreement = add_finished(methods, finished) if finished else {}
+    return {"settings": settings, **agreement, "methods": methods, "provenance": provenance()}
+
+
+def add_finished(methods: dict, finished: dict) -> dict:
+    """Add to each method what its maps are worth when finished, against FP32 and each other; return what concerns all."""
+    fp32 = finished[FP32]
     over_seeds = {m: np.stack([radii for run, radii in finished.items() if run != FP32 and run[0] == m]) for m in methods}
     for method, found in methods.items():
+        found["finished_ratio"] = (over_seeds[method].mean(1) / fp32.mean()).tolist()
         found["finished"] = difference(over_seeds[method], fp32[None], fp32)
         found["finished_against"] = {
             other: difference(over_seeds[method], over_seeds[other], fp32) for other in methods if other != method
         }
     pairs = {pair for m in methods.values() for pair in zip(m["exported_reward"], m["finished_ratio"], strict=True)}
     agreement = float(stats.spearmanr(*zip(*pairs, strict=True))[0]) if len(pairs) > 2 else None
-    names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
-    settings = {name: getattr(options, name) for name in names}
-    return {
-        "settings": settings,
-        "fp32_finished_acr": float(fp32.mean()),
-        "spearman_of_exported_reward_and_finished_ratio": agreement,
-        "methods": methods,
-        "provenance": provenance(),
-    }
+    return {"fp32_finished_acr": float(fp32.mean()), "spearman_of_exported_reward_and_finished_ratio": agreement}
 
 
 def difference(a: np.ndarray, b: np.ndarray, fp32: np.ndarray) -> dict:
@@ -159,20 +163,27 @@ def standard_error(curves: np.ndarray) -> np.ndarray:
 
 
 def table(document: dict) -> str:
-    """One line a search, as Markdown, sorted by what its maps are worth when finished: a best score is in part luck."""
+    """One line a search, as Markdown, sorted by what its maps are worth when finished (a best score is in part luck), if known."""
     rows = [
         "| search | evaluations before the first map | distinct maps | best reward | evaluations to random's "
         "| reward of the exported map | its ACR over FP32's on other reward images | finished: over FP32 finished alike | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method, found in sorted(document["methods"].items(), key=lambda item: -item[1]["finished"]["mean"]):
+
+    def worth(item):
+        _, found = item
+        return found["finished"]["mean"] if "finished" in found else np.mean(found["best_reward"])
+
+    for method, found in sorted(document["methods"].items(), key=worth, reverse=True):
         last = found["mean"][-1]
         reward = "no map yet" if last is None else f"{last:.3f} +- {found['standard_error'][-1]:.3f}"
         distinct, reached = np.mean(found["distinct_maps"]), found.get("evaluations_to_random_s_reward", "")
         ratios = [ratio for ratio in found["confirmed_ratio"] if ratio is not None]
         confirmed = f"{np.mean(ratios):.3f}" if ratios else ""
-        finished = f"{1 + found['finished']['mean']:.3f} +- {found['finished']['standard_error']:.3f}"
-        seeds = ", ".join(f"{ratio:.3f}" for ratio in found["finished_ratio"])
+        finished = seeds = ""
+        if "finished" in found:
+            finished = f"{1 + found['finished']['mean']:.3f} +- {found['finished']['standard_error']:.3f}"
+            seeds = ", ".join(f"{ratio:.3f}" for ratio in found["finished_ratio"])
         before = f"{found['setup_evaluations']:.0f}"
         reached = "not reached" if reached is None else reached
         own = f"{np.mean(found['exported_reward']):.3f}"

@@ -104,6 +104,10 @@ def test_searches_are_compared_and_resumed(tmp_path):
     assert (tmp_path / "comparison-budget0.007.png").exists()
     assert {path.name for path in (tmp_path / "budget0.007").iterdir()} == {"uniform-seed0", "random-seed0", "random-seed1"}
     assert script(*command).stdout == done.stdout
+    quick = script(*command, "--rewards-only", "--name", "quick")
+    assert quick.returncode == 0 and quick.stdout.count("|  |  |") == 2, quick.stderr
+    rewards = json.loads((tmp_path / "quick-budget0.007.json").read_text())["methods"]["random"]
+    assert rewards["mean"] == mean and "finished" not in rewards
 
     files = [str(tmp_path / "budget0.007" / f"random-seed{seed}" / "bit_widths.json") for seed in (0, 1)]
     alike = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --steps 2 --every 100 --n 20")
