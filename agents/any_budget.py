@@ -87,9 +87,8 @@ def train_for_any_budget(
 
     The folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/`` and ``agent.zip``.
 
-    :param algorithm: of stable-baselines3, and what :mod:`agents.levers` adds but ``exchange`` and
-        ``incremental``, such as ``td3+features``;
-        ``demonstrations`` are the integer program's maps for :data:`DEMONSTRATED` budgets
+    :param algorithm: of stable-baselines3, and what :mod:`agents.levers` adds but ``exchange`` and ``incremental``, such as
+        ``td3+features``; ``demonstrations`` are the integer program's maps for :data:`DEMONSTRATED` budgets
     :param budgets: least and greatest fraction of FP32's bit operations
     """
     name, levers = split_method(algorithm)

@@ -41,12 +41,13 @@ def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, stor
 
     :param episodes: evaluations, of which those count that the search needs before its first map (:func:`setup_cost`)
     :param config: as for :func:`agents.search.search`
+    :raises ArqError: when these are all, and as :func:`agents.search.search` does
     """
     evaluator = env.get_wrapper_attr("evaluator")
     recall(evaluator, store)
     if uses_sensitivities(method):
         share_sensitivities(evaluator, store)
-    episodes = max(episodes - math.ceil(setup_cost(method, env)), 1)
+    episodes -= math.ceil(setup_cost(method, env))
     options = {"confirming_steps": 0, "progress": False, "config": config}  # fine-tuning would cost what no evaluation counts
     search(method, env, episodes=episodes, folder=folder, seed=seed, **options)
 

@@ -175,8 +175,7 @@ def table(document: dict) -> str:
         return found["finished"]["mean"] if "finished" in found else np.mean(found["best_reward"])
 
     for method, found in sorted(document["methods"].items(), key=worth, reverse=True):
-        last = found["mean"][-1]
-        reward = "no map yet" if last is None else f"{last:.3f} +- {found['standard_error'][-1]:.3f}"
+        reward = f"{found['mean'][-1]:.3f}" + (f" +- {found['standard_error'][-1]:.3f}" if len(found["best_reward"]) > 1 else "")
         distinct, reached = np.mean(found["distinct_maps"]), found.get("evaluations_to_random_s_reward", "")
         ratios = [ratio for ratio in found["confirmed_ratio"] if ratio is not None]
         confirmed = f"{np.mean(ratios):.3f}" if ratios else ""

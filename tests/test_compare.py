@@ -72,14 +72,16 @@ def test_an_error_ends_the_workers_at_once():
 
 
 def test_sensitivities_are_shared(tmp_path, monkeypatch):
-    trace = run(tmp_path, "integer_program")
+    trace = run(tmp_path, "integer_program", episodes=20)
     (path,) = tmp_path.glob("sensitivities-*.json")
     rows = json.loads(path.read_text())
     monkeypatch.setattr("arq_env.evaluation.measure_sensitivities", lambda *_: pytest.fail("measured again"))
     evaluator = make_toy_env().evaluator
     share_sensitivities(evaluator, tmp_path)
     assert [evaluator.sensitivities[row["layer"], row["kind"]] for row in rows] == [row["divergence"] for row in rows]
-    assert isinstance(evaluator, Evaluator) and len(run(tmp_path, "greedy")) == 1 and trace
+    assert isinstance(evaluator, Evaluator) and len(run(tmp_path, "greedy", episodes=20)) == 1 and trace
+    with pytest.raises(ArqError, match="give at least 1"):
+        run(tmp_path, "greedy", seed=1)
 
 
 def test_the_cost_before_the_first_map():
