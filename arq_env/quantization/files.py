@@ -12,7 +12,7 @@ from arq_env.bitwidths import BitWidthMap
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
 from arq_env.networks.checkpoints import build_network, read_weights, save_checkpoint
-from arq_env.quantization.modules import QuantizedLayer, quantized_like, replace_module
+from arq_env.quantization.modules import QuantizedLayer, replace_module
 
 
 def model_bytes(network: nn.Module, layers: tuple[Layer, ...], bit_widths: BitWidthMap | None) -> int:
@@ -41,7 +41,7 @@ def save_quantized(network: nn.Module, path: Path, card: dict) -> dict:
             "name": module.name,
             "weight_bits": module.weight_bits,
             "activation_bits": module.activation_bits,
-            "signed_activations": module.signed,
+            "lowest_activation": module.lowest,
         }
         for module in network.modules()
         if isinstance(module, QuantizedLayer)
@@ -65,13 +65,13 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
             network = copy.deepcopy(base)
         for layer in card["layers"]:
             name = layer["name"]
-            module = quantized_like(network.get_submodule(name), name)
+            module = QuantizedLayer(network.get_submodule(name), name)
             module.set_levels(
                 state[f"{name}.weight"],
                 layer["weight_bits"],
                 state[f"{name}.activation_step"],
                 layer["activation_bits"],
-                signed=layer["signed_activations"],
+                lowest=_lowest(layer),
             )
             replace_module(network, name, module)
         network.load_state_dict(state, assign=True)
@@ -80,3 +80,10 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
     except (OSError, KeyError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ArqError(f"{path} cannot be loaded ({error}): give a .safetensors file of a quantized network") from error
     return network.eval().to(memory_format=torch.channels_last), card
+
+
+def _lowest(layer: dict) -> int:
+    """The least integer that a layer's input is rounded to; cards of the first version say only whether it is negative."""
+    if "lowest_activation" in layer:
+        return layer["lowest_activation"]
+    return 1 - 2 ** (layer["activation_bits"] - 1) if layer["signed_activations"] else 0

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from arq_env.errors import ArqError
-from arq_env.quantization.modules import QuantizedConv2d, replace_module
+from arq_env.layers import Conv2d
+from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.quantization.quantizers import to_integers, weight_range
 
 
@@ -23,7 +24,7 @@ def integer_network(network: nn.Module) -> nn.Module:
     if not integer_kernels():
         raise ArqError("integer kernels need an x86 CPU with VNNI, and a torch that sees it: use the network as it is")
     converted = copy.deepcopy(network)
-    layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedConv2d)]
+    layers = [(name, module) for name, module in converted.named_modules() if getattr(module, "kind", None) is Conv2d]
     if not layers:
         raise ArqError("the network has no quantized convolution to run on integers: quantize it first")
     for name, module in layers:
@@ -65,15 +66,18 @@ def weight_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
 class IntegerConv2d(nn.Module):
     """Convolution of unsigned 8-bit codes with signed 8-bit codes, summed in 32 bits."""
 
-    def __init__(self, layer: QuantizedConv2d):
+    def __init__(self, layer: QuantizedLayer):
         super().__init__()
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             padding = f"{layer.padding!r} of {layer.padding_mode!r}"
             raise ArqError(f"layer {layer.name!r} has padding {padding}: integer kernels pad with zeros, by a number")
-        self.low, self.high = layer.low, layer.high
-        self.zero = 128 if layer.signed else 0  # the kernels take unsigned inputs: 0 becomes this code
+        self.low, self.high = layer.lowest, layer.highest
+        self.zero = -layer.lowest  # the kernels take unsigned inputs: 0 becomes this code
         self.geometry = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
         codes, steps = weight_codes(layer.weight, layer.weight_bits)
+        largest = int(codes.int().abs().flatten(1).sum(1).max()) * max(self.high, -self.low)
+        if largest >= 2**31:
+            raise ArqError(f"layer {layer.name!r} can have sums up to {largest}: integer kernels sum in 32 bits")
         self.register_buffer("codes", codes)
         self.register_buffer("weight_step", steps)
         self.register_buffer("weight_zero", torch.zeros(len(steps), dtype=torch.long))

@@ -1,21 +1,15 @@
 """Uniform quantizers and the step sizes that minimise their mean squared error."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-#: Steps tried, as fractions of the step that just reaches the largest magnitude.
-WEIGHT_FRACTIONS = torch.linspace(0.1, 1.0, 91)
-ACTIVATION_FRACTIONS = torch.linspace(0.02, 1.0, 99)
-
-
-def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
-    """The integers an activation is rounded to. A signed range is symmetric, so at 2 bits it is ternary.
-
-    >>> integer_range(4, signed=True), integer_range(2, signed=True), integer_range(4, signed=False)
-    ((-7, 7), (-1, 1), (0, 15))
-    """
-    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+#: Steps tried first, each this much of the one before, and how many of them; the best of them is then refined. The first reaches
+#: the largest magnitude, the last a five-hundredth of it.
+RATIO, COARSE = 0.87, 45
+#: Steps tried about the best of the coarse ones, as parts of it.
+FINE = torch.linspace(0.88, 1.14, 27)
 
 
 def weight_range(bits: int) -> tuple[int, int, int]:
@@ -27,7 +21,27 @@ def weight_range(bits: int) -> tuple[int, int, int]:
     >>> weight_range(8), weight_range(3), weight_range(2)
     ((-127, 127, 1), (-3, 3, 1), (-3, 3, 2))
     """
-    return (-3, 3, 2) if bits == 2 else (*integer_range(bits, signed=True), 1)
+    return (-3, 3, 2) if bits == 2 else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1, 1)
+
+
+def highest(bits: int, lowest: int) -> int:
+    """The greatest integer that an activation is rounded to, given the least: 2^bits integers, one less where symmetric.
+
+    >>> highest(4, 0), highest(4, -2), highest(4, -7), highest(2, -1)
+    (15, 13, 7, 1)
+    """
+    symmetric = 2 ** (bits - 1) - 1
+    return symmetric if lowest == -symmetric else lowest + 2**bits - 1
+
+
+def lowest_levels(bits: int) -> list[int]:
+    """The least integers that are tried for activations with a negative part: symmetric, and ever smaller parts of the range.
+
+    >>> lowest_levels(2), lowest_levels(4)
+    ([-1, -2, -3], [-7, -1, -2, -4, -8, -15])
+    """
+    parts = [-(2**part) for part in range(bits)] + [1 - 2**bits]
+    return list(dict.fromkeys([1 - 2 ** (bits - 1), *parts]))
 
 
 def to_integers(x: torch.Tensor, step: torch.Tensor, low: int, high: int, distance: int = 1) -> torch.Tensor:
@@ -49,6 +63,9 @@ def nearest_level(scaled: torch.Tensor, low: int, distance: int, rounding: Calla
 def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Step of each output channel with the least squared error on the weights themselves.
 
+    A channel that is nothing beside the others, such as a pruned one, gets the step of one a millionth of their size: much smaller
+    steps cannot be learned in float32.
+
     :param weight: [out, ...]
     :return: [out], positive
 
@@ -57,36 +74,58 @@ def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """
     levels = weight_range(bits)
     rows = weight.detach().flatten(1)
-    return _least_error(rows, rows.abs().amax(1) / levels[1], WEIGHT_FRACTIONS, levels)
+    largest = rows.abs().amax(1)
+    largest = largest.clamp_min(1e-6 * float(largest.max()) or 1.0)
+    return _least_error(rows, largest / levels[1], levels)[0]
 
 
-def activation_step(samples: torch.Tensor, bits: int) -> torch.Tensor:
-    """The one step with the least squared error on sampled activations; signed only where some are negative.
+class ActivationLevels(NamedTuple):
+    """``step``: scalar tensor, positive; ``lowest``: the least integer that activations are rounded to, see :func:`highest`."""
+
+    step: torch.Tensor
+    lowest: int
+
+
+def activation_levels(samples: torch.Tensor, bits: int, weights: torch.Tensor | None = None) -> ActivationLevels:
+    """The step and the range of integers with the least squared error on sampled activations.
+
+    Without negative samples the range starts at 0. With some it is symmetric, or starts at whichever negative integer is best:
+    for the small negative part that smooth activation functions have, symmetric levels would waste nearly half of the codes.
 
     :param samples: [n]
-    :return: scalar, positive
+    :param weights: [n], how many activations each sample stands for; alike, if not given
 
-    >>> activation_step(torch.tensor([0.0, 2.0, 4.0, 6.0]), 2), activation_step(torch.tensor([-2.0, 0.0, 2.0]), 2)
-    (tensor(2.), tensor(2.))
+    >>> activation_levels(torch.tensor([0.0, 2.0, 4.0, 6.0]), 2), activation_levels(torch.tensor([-2.0, 0.0, 2.0]), 2).lowest
+    (ActivationLevels(step=tensor(2.), lowest=0), -1)
     """
-    levels = integer_range(bits, signed=is_signed(samples))
     rows = samples.detach().flatten()[None]
-    return _least_error(rows, rows.abs().amax(1) / levels[1], ACTIVATION_FRACTIONS, levels)[0]
+    found = []
+    for lowest in lowest_levels(bits) if float(rows.min()) < 0 else [0]:
+        levels = lowest, highest(bits, lowest), 1
+        largest = max(float(rows.max()) / max(levels[1], 1), float(rows.min()) / min(lowest, -1), 0.0) or 1.0
+        step, error = _least_error(rows, rows.new_tensor([largest]), levels, weights)
+        found.append((float(error), len(found), ActivationLevels(step[0], lowest)))
+    return min(found)[-1]
 
 
-def is_signed(samples: torch.Tensor) -> bool:
-    """Whether activations take negative values, so that they need a signed range."""
-    return bool(samples.min() < 0)
+def _least_error(rows, largest_step, levels, weights=None):
+    """The best step of each row and its squared error, searched down from a step that clips nothing."""
+    # By a power of two, which rounds nothing: squares of very small numbers would vanish.
+    scale = torch.exp2(torch.floor(torch.log2(largest_step)))
+    rows, largest_step = rows / scale[:, None], largest_step / scale
+    best, least = largest_step.clone(), torch.full_like(largest_step, torch.inf)
 
-
-def _least_error(rows, largest_step, fractions, levels):
-    largest_step = largest_step.clamp_min(torch.finfo(rows.dtype).tiny * 1e6)  # a channel of zeros keeps a usable step
-    best = largest_step.clone()
-    least = torch.full_like(best, torch.inf)
-    for fraction in fractions:
-        step = largest_step * fraction
+    def attempt(step):
+        nonlocal best, least
         column = step[:, None]
-        error = (to_integers(rows, column, *levels) * column - rows).square_().sum(1)
+        squares = (to_integers(rows, column, *levels) * column - rows).square_()
+        error = (squares if weights is None else squares * weights).sum(1)
         better = error < least
         best, least = torch.where(better, step, best), torch.where(better, error, least)
-    return best
+
+    for power in range(COARSE):
+        attempt(largest_step * RATIO**power)
+    around = best.clone()
+    for factor in FINE:
+        attempt(around * factor)
+    return best * scale, least * scale**2
