@@ -132,7 +132,7 @@ class Evaluator:
         if evaluation.acr == 0 or evaluation.clean_accuracy <= by_luck:
             raise ArqError(
                 f"the FP32 network certifies {evaluation.clean_accuracy:.1%} of the {images} reward images at sigma "
-                f"{self.problem.sigma}, no more than luck might: use a network trained under this noise, the right weights, or more images"
+                f"{self.problem.sigma}, no more than luck might: use the right weights, trained under this noise"
             )
         return evaluation
 
