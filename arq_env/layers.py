@@ -30,9 +30,14 @@ class Kind:
     transposed = False
 
     @classmethod
-    def run(cls, layer, input, weight, *more):
-        """The module's own operation with another ``weight``; ``layer`` has its geometry and its ``bias``."""
-        return cls.module._conv_forward(layer, input, weight, layer.bias)
+    def run(cls, layer, input, weight, bias, *more):
+        """The module's own operation with another weight and bias, in the geometry of ``layer``."""
+        return cls.module._conv_forward(layer, input, weight, bias)
+
+    @classmethod
+    def along_channels(cls, values, output):
+        """One value for each output channel, in a shape that broadcasts over the layer's ``output``."""
+        return values.view(-1, *[1] * (output.dim() - 2))
 
     @classmethod
     def macs(cls, input, output, weight) -> int:
@@ -72,22 +77,25 @@ class ConvTranspose2d(Kind):
     geometry = ("stride", "padding", "dilation", "groups", "output_padding", "kernel_size", "padding_mode")
 
     @classmethod
-    def run(cls, layer, input, weight, output_size=None):
+    def run(cls, layer, input, weight, bias, output_size=None):
         added = layer.output_padding
         if output_size is not None:
             added = cls.module._output_padding(
                 layer, input, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation
             )
-        geometry = layer.stride, layer.padding, added, layer.groups, layer.dilation
-        return nn.functional.conv_transpose2d(input, weight, layer.bias, *geometry)
+        return nn.functional.conv_transpose2d(input, weight, bias, layer.stride, layer.padding, added, layer.groups, layer.dilation)
 
 
 class Linear(Kind):
     name, module, geometry = "linear", nn.Linear, ()
 
     @classmethod
-    def run(cls, layer, input, weight):
-        return nn.functional.linear(input, weight, layer.bias)
+    def run(cls, layer, input, weight, bias):
+        return nn.functional.linear(input, weight, bias)
+
+    @classmethod
+    def along_channels(cls, values, output):
+        return values
 
 
 KINDS: tuple[type[Kind], ...] = (Conv1d, Conv2d, Conv3d, ConvTranspose2d, Linear)

@@ -431,8 +431,12 @@ def test_loaded_weights_change_what_a_quantized_network_computes(problem):
     images, _ = problem.test_images(10)
     before = quantized(images)
     state = quantized.state_dict()
-    quantized.load_state_dict(state | {"last.weight": 2 * state["last.weight"], "last.bias": 2 * state["last.bias"]})
+    quantized.load_state_dict(state | {"last.weight_step": 2 * state["last.weight_step"], "last.bias": 2 * state["last.bias"]})
     torch.testing.assert_close(quantized(images), 2 * before)
+    quantized.load_state_dict(state | {"last.codes": -state["last.codes"], "last.bias": -state["last.bias"]})
+    torch.testing.assert_close(quantized(images), -before)
+    with pytest.raises(RuntimeError, match="last.weight"):
+        quantized.load_state_dict(problem.network.state_dict())
 
 
 def test_a_filter_of_zeros_can_be_trained(problem):

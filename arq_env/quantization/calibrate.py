@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
+from arq_env.quantization.exact import exact_means
 
 #: Values kept of each layer's input, over all calibration images.
 SAMPLES = 2**14
@@ -92,8 +93,9 @@ def reestimate_batch_norm(network: nn.Module, images: torch.Tensor) -> None:
         module.reset_running_stats()
         module.momentum = None  # torch then keeps the plain average over batches
         module.train()
-    for batch in even_batches(images):
-        network(batch)
+    with exact_means():
+        for batch in even_batches(images):
+            network(batch)
     for module, momentum, buffers in zip(norms, momenta, before, strict=True):
         module.momentum = momentum
         module.eval()

@@ -10,6 +10,7 @@ from arq_env.bitwidths import BitWidthMap, check_map
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
 from arq_env.quantization.calibrate import reestimate_batch_norm, sample_activations
+from arq_env.quantization.exact import exact_norms
 from arq_env.quantization.modules import LearnableLayer, QuantizedLayer, UnroundedLayer, replace_module
 from arq_env.quantization.quantizers import ActivationLevels, activation_levels, weight_steps
 
@@ -38,7 +39,9 @@ class Quantizer:
 
         :raises ArqError: naming the layer, when the map is not one for this network
         """
-        return self._converted(bit_widths, lambda module, layer: QuantizedLayer(module, layer.name))
+        quantized = exact_norms(self._converted(bit_widths, lambda module, layer: QuantizedLayer(module, layer.name)))
+        reestimate_batch_norm(quantized, self.images)
+        return quantized
 
     def learnable(self, bit_widths: BitWidthMap) -> nn.Module:
         """The same network in the form that fine-tuning trains: float weights and step sizes are parameters.
@@ -46,6 +49,7 @@ class Quantizer:
         :raises ArqError: as :meth:`quantize`
         """
         network = self._converted(bit_widths, LearnableLayer)
+        reestimate_batch_norm(network, self.images)
         for name, first in self._tied_to.items():
             if name != first:  # one step for the one tensor that both read
                 network.get_submodule(name).activation_log_step = network.get_submodule(first).activation_log_step
@@ -57,7 +61,7 @@ class Quantizer:
         for layer in self.layers:
             if isinstance(module := quantized.get_submodule(layer.name), LearnableLayer):
                 replace_module(quantized, layer.name, module.frozen())
-        reestimate_batch_norm(quantized.eval(), self.images)
+        reestimate_batch_norm(exact_norms(quantized.eval()), self.images)
         return quantized
 
     def _converted(self, bit_widths, make: Callable[[nn.Module, Layer], QuantizedLayer | LearnableLayer]) -> nn.Module:
@@ -70,9 +74,7 @@ class Quantizer:
             new.set_bits(module.weight.detach(), steps, bits.weight, step, bits.activation, lowest=lowest)
             return new
 
-        quantized = converted(self.network, self.layers, convert)
-        reestimate_batch_norm(quantized, self.images)
-        return quantized
+        return converted(self.network, self.layers, convert)
 
     def _steps(self, name, bits, layer) -> torch.Tensor:
         if (name, bits) not in self._weight_steps:

@@ -12,6 +12,8 @@ from arq_env.bitwidths import BitWidthMap
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
 from arq_env.networks.checkpoints import build_network, read_weights, save_checkpoint
+from arq_env.quantization.exact import exact_norms
+from arq_env.quantization.integer import weight_codes
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 
 
@@ -66,8 +68,12 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
         for layer in card["layers"]:
             name = layer["name"]
             module = QuantizedLayer(network.get_submodule(name), name)
-            module.set_levels(
-                state[f"{name}.weight"],
+            if f"{name}.codes" not in state:  # of the first version: quantized weights in place of integers and steps
+                weight = state.pop(f"{name}.weight")
+                state[f"{name}.codes"], state[f"{name}.weight_step"] = weight_codes(weight, layer["weight_bits"])
+            module.set_codes(
+                state[f"{name}.codes"],
+                state[f"{name}.weight_step"],
                 layer["weight_bits"],
                 state[f"{name}.activation_step"],
                 layer["activation_bits"],
@@ -79,7 +85,7 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
         raise
     except (OSError, KeyError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ArqError(f"{path} cannot be loaded ({error}): give a .safetensors file of a quantized network") from error
-    return network.eval().to(memory_format=torch.channels_last), card
+    return exact_norms(network.eval()).to(memory_format=torch.channels_last), card
 
 
 def _lowest(layer: dict) -> int:

@@ -49,9 +49,11 @@ class _Replacement(nn.Module):
 class QuantizedLayer(_Replacement):
     """A layer that computes on integers and scales once.
 
-    ``weight`` holds the quantized weights (integer times the channel's step), ``activation_step`` the step of the input. The
-    forward pass rounds the input to integers and multiplies by ``weight * activation_step``, which is the same function as
-    rounding to multiples of the step, with one pass over the activations less. Zero is a level, so padding stays exact.
+    ``codes`` (int8) holds the integers that its weights are rounded to, ``weight_step`` [out] and ``activation_step`` [] the
+    steps. The forward pass rounds the input to integers, too, and multiplies integers with integers: their sums are exact, in
+    whatever order a processor adds them, as long as they stay below 2^24. What follows is one product and one sum a value, rounded
+    alike everywhere.
+    Zero is a level of activations, so padding stays exact.
     """
 
     def set_bits(self, weight, weight_step, weight_bits: int, activation_step, activation_bits: int, *, lowest: int) -> None:
@@ -59,25 +61,46 @@ class QuantizedLayer(_Replacement):
 
         :param lowest: the least of the 2^bits integers (2^bits - 1 where they are symmetric) that the input is rounded to
         """
-        quantized = to_integers(self.rows(weight), weight_step[:, None], *weight_range(weight_bits)) * weight_step[:, None]
-        self.set_levels(self._from_rows(quantized, weight.shape), weight_bits, activation_step, activation_bits, lowest=lowest)
+        codes = to_integers(self.rows(weight), weight_step[:, None], *weight_range(weight_bits))
+        self.set_codes(
+            self._from_rows(codes, weight.shape), weight_step, weight_bits, activation_step, activation_bits, lowest=lowest
+        )
 
-    def set_levels(self, weight, weight_bits: int, activation_step, activation_bits: int, *, lowest: int) -> None:
-        """Take over weights that are quantized already."""
-        self.weight = nn.Parameter(weight.contiguous(memory_format=_layout(weight)), requires_grad=False)
+    def set_codes(self, codes, weight_step, weight_bits: int, activation_step, activation_bits: int, *, lowest: int) -> None:
+        """Take over weights that are integers already."""
+        self.register_buffer("codes", codes.to(torch.int8).contiguous(memory_format=_layout(codes)))
+        self.register_buffer("weight_step", weight_step.detach().clone())
         self.register_buffer("activation_step", activation_step.detach().clone())
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.lowest, self.highest = lowest, highest(activation_bits, lowest)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The quantized weights: integer times the channel's step."""
+        return self._from_rows(self.rows(self.codes) * self.weight_step[:, None], self.codes.shape)
+
+    def largest_sum(self) -> int:
+        """No sum of products of the layer's integers is larger; below 2^24 float32 holds them exactly."""
+        return int(self.rows(self.codes.int()).abs().sum(1).max()) * max(self.highest, -self.lowest)
+
+    def integers(self, input: torch.Tensor) -> torch.Tensor:
+        """The input as integers."""
+        if input.dtype != self.activation_step.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise ArqError(
+                f"layer {self.name!r} was given {input.dtype} and computes in {self.activation_step.dtype}: convert the images, "
+                "not the quantized network"
+            )
+        return to_integers(input, self.activation_step, self.lowest, self.highest)
+
+    def scaled(self, sums: torch.Tensor) -> torch.Tensor:
+        """The layer's output from its sums of integers, in place."""
+        sums.mul_(self.kind.along_channels(self.weight_step * self.activation_step, sums))
+        return sums if self.bias is None else sums.add_(self.kind.along_channels(self.bias, sums))
+
     def forward(self, input: torch.Tensor, *more) -> torch.Tensor:
         """The layer's operation on quantized weights and the quantized input."""
-        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise ArqError(
-                f"layer {self.name!r} was given {input.dtype} and computes in {self.weight.dtype}: convert the images, not the "
-                "quantized network"
-            )
-        integers = to_integers(input, self.activation_step, self.lowest, self.highest)
-        return self.kind.run(self, integers, self.weight * self.activation_step, *more)
+        integers = self.integers(input)
+        return self.scaled(self.kind.run(self, integers, self.codes.to(integers.dtype), None, *more))
 
 
 class UnroundedLayer(_Replacement):
@@ -90,7 +113,7 @@ class UnroundedLayer(_Replacement):
 
     def forward(self, input: torch.Tensor, *more) -> torch.Tensor:
         """The layer's operation."""
-        return self.kind.run(self, input, self.unrounded, *more)
+        return self.kind.run(self, input, self.unrounded, self.bias, *more)
 
 
 class LearnableLayer(_Replacement):
@@ -130,7 +153,7 @@ class LearnableLayer(_Replacement):
         rounded = learned_rounding(rows, self.weight_step[:, None], *weight_range(self.weight_bits), elements=rows.shape[1])
         levels = self.lowest, highest(self.activation_bits, self.lowest)
         integers = learned_rounding(input, self.activation_step, *levels, elements=self.elements)
-        return self.kind.run(self, integers, self._from_rows(rounded, self.weight.shape), *more)
+        return self.kind.run(self, integers, self._from_rows(rounded, self.weight.shape), self.bias, *more)
 
     def frozen(self) -> QuantizedLayer:
         """The quantized layer with this layer's weights and steps."""

@@ -1,15 +1,16 @@
 """Uniform quantizers and the step sizes that minimise their mean squared error."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
-#: Steps tried first, each this much of the one before, and how many of them; the best of them is then refined. The first reaches
-#: the largest magnitude, the last a five-hundredth of it.
-RATIO, COARSE = 0.87, 45
-#: Steps tried about the best of the coarse ones, as parts of it.
-FINE = torch.linspace(0.88, 1.14, 27)
+#: Steps tried for weights, as fractions of the step that just reaches a channel's largest magnitude.
+WEIGHT_FRACTIONS = torch.cat([0.1 * 2 ** -torch.arange(1.0, 5), torch.linspace(0.1, 1.0, 91)]).flip(0)
+#: Steps tried for activations are powers of two and so many between each and the next: what is sampled differs from machine to
+#: machine in its last places, the steps should not. They fall by so many powers of two from the one that clips nothing.
+GRID, FALL = 32, 9
 
 
 def weight_range(bits: int) -> tuple[int, int, int]:
@@ -76,7 +77,9 @@ def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
     rows = weight.detach().flatten(1)
     largest = rows.abs().amax(1)
     largest = largest.clamp_min(1e-6 * float(largest.max()) or 1.0)
-    return _least_error(rows, largest / levels[1], levels)[0]
+    scale = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two rounds nothing; squares of very small numbers vanish
+    steps = _fractions(largest / scale / levels[1])
+    return _least_error(rows / scale[:, None], steps, levels)[0] * scale
 
 
 class ActivationLevels(NamedTuple):
@@ -102,30 +105,29 @@ def activation_levels(samples: torch.Tensor, bits: int, weights: torch.Tensor | 
     found = []
     for lowest in lowest_levels(bits) if float(rows.min()) < 0 else [0]:
         levels = lowest, highest(bits, lowest), 1
-        largest = max(float(rows.max()) / max(levels[1], 1), float(rows.min()) / min(lowest, -1), 0.0) or 1.0
-        step, error = _least_error(rows, rows.new_tensor([largest]), levels, weights)
+        clips_nothing = max(float(rows.max()) / max(levels[1], 1), float(rows.min()) / min(lowest, -1)) or 1.0
+        first = math.ceil(GRID * math.log2(clips_nothing))
+        steps = (2.0 ** (power / GRID) for power in range(first, first - FALL * GRID, -1))
+        step, error = _least_error(rows, (rows.new_tensor([step]) for step in steps), levels, weights)
         found.append((float(error), len(found), ActivationLevels(step[0], lowest)))
     return min(found)[-1]
 
 
-def _least_error(rows, largest_step, levels, weights=None):
-    """The best step of each row and its squared error, searched down from a step that clips nothing."""
-    # By a power of two, which rounds nothing: squares of very small numbers would vanish.
-    scale = torch.exp2(torch.floor(torch.log2(largest_step)))
-    rows, largest_step = rows / scale[:, None], largest_step / scale
-    best, least = largest_step.clone(), torch.full_like(largest_step, torch.inf)
+def _fractions(largest: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Steps to try for each row, down from the one that just reaches its largest magnitude."""
+    return (largest * fraction for fraction in WEIGHT_FRACTIONS)
 
-    def attempt(step):
-        nonlocal best, least
+
+def _least_error(rows, steps, levels, weights=None):
+    """The best of some steps [rows] for each row, the first of equals, and its squared error, summed in float64."""
+    best = least = None
+    for step in steps:
         column = step[:, None]
         squares = (to_integers(rows, column, *levels) * column - rows).square_()
-        error = (squares if weights is None else squares * weights).sum(1)
-        better = error < least
-        best, least = torch.where(better, step, best), torch.where(better, error, least)
-
-    for power in range(COARSE):
-        attempt(largest_step * RATIO**power)
-    around = best.clone()
-    for factor in FINE:
-        attempt(around * factor)
-    return best * scale, least * scale**2
+        error = (squares if weights is None else squares.mul_(weights)).sum(1, dtype=torch.float64)
+        if best is None:
+            best, least = step, error
+        else:
+            better = error < least
+            best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return best, least
