@@ -18,7 +18,8 @@ from tests.toy import toy_problem
 SHAPE = (3, 16, 16)
 NOISE = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0))
 #: Of different colours, so that what a network says of them differs.
-IMAGES = torch.rand(256, 3, 1, 1, generator=torch.Generator().manual_seed(1)) * (0.5 + 0.5 * torch.rand(256, *SHAPE))
+GENERATOR = torch.Generator().manual_seed(1)
+IMAGES = torch.rand(256, 3, 1, 1, generator=GENERATOR) * (0.5 + 0.5 * torch.rand(256, *SHAPE, generator=GENERATOR))
 
 
 def net(*body, channels=8) -> nn.Module:
@@ -430,7 +431,7 @@ def test_loaded_weights_change_what_a_quantized_network_computes(problem):
     quantized = Quantizer(problem.network, problem.layers, problem.calibration_images()).quantize(uniform(problem.layers, 4, 4))
     images, _ = problem.test_images(10)
     before = quantized(images)
-    state = quantized.state_dict()
+    state = copy.deepcopy(quantized.state_dict())
     quantized.load_state_dict(state | {"last.weight_step": 2 * state["last.weight_step"], "last.bias": 2 * state["last.bias"]})
     torch.testing.assert_close(quantized(images), 2 * before)
     quantized.load_state_dict(state | {"last.codes": -state["last.codes"], "last.bias": -state["last.bias"]})
