@@ -145,8 +145,8 @@ def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
         for key in ("macs", "parameters"):
             if (value := stated[layer.name].get(key, getattr(layer, key))) != getattr(layer, key):
                 raise ArqError(
-                    f"{path} says that layer {layer.name!r} has {value!r} {key} where it has {getattr(layer, key)}: it is a map for "
-                    "another network or other images"
+                    f"{path} says that layer {layer.name!r} has {value!r} {key} where it has {getattr(layer, key)}: it is a map "
+                    "for another network or other images"
                 )
     budget = document.get("budget")
     if budget is not None and (type(budget) not in (int, float) or not 0 < budget <= 1):

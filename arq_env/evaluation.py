@@ -18,6 +18,9 @@ from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 
+#: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
+#: alone won reward; 2: logits are compared at FP32's mean entropy).
+REWARD_VERSION = 2
 #: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
 NOISE_LOSS = 0.5
 #: Samples of the FP32 network for each one that an incremental reward replays: a one-off cost, which makes its bound tight.
@@ -71,6 +74,20 @@ class CertifierSettings:
         return self.images * (self.n if self.reward_method == "soft" else self.n0 + self.n)
 
 
+def settings_of(document: dict) -> CertifierSettings:
+    """How the search that found a map was rewarded, from the entries of the map's file; the defaults where they do not say.
+
+    :raises ArqError: when they say what no search has
+    """
+    made_with = document.get("provenance", {})
+    try:
+        return CertifierSettings(**made_with.get("certifier", {}))
+    except (TypeError, AttributeError) as error:
+        raise ArqError(
+            f"the map's certifier is not one of a search ({error}): restore the file, or leave that entry out"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What the reward certifier says of one network.
@@ -97,6 +114,11 @@ class Evaluator:
     def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings()):
         self.problem, self.settings = problem, settings
         self._known: dict[tuple, Evaluation] = {}
+
+    def __getstate__(self):
+        """Without calibration and images, which are made again where they are missing."""
+        made_again = ("quantizer", "divergence", "_reward_images")
+        return {name: value for name, value in vars(self).items() if name not in made_again}
 
     @cached_property
     def quantizer(self) -> Quantizer:

@@ -107,7 +107,7 @@ def tiny_cifar10(empty_cache, monkeypatch):
     """CIFAR-10 as if it had twenty images."""
     arrays = tiny_arrays()
     monkeypatch.setattr(cifar10, "DIGESTS", {split: files.sha256(images) for split, (images, _) in arrays.items()})
-    monkeypatch.setattr(cifar10, "SIZES", {"train": 20, "test": 20})
+    monkeypatch.setattr(cifar10, "LABEL_DIGESTS", {split: files.sha256(labels) for split, (_, labels) in arrays.items()})
     return arrays
 
 

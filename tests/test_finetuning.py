@@ -59,7 +59,7 @@ def test_a_killed_finetuning_ends_the_same(evaluator, coarse, tmp_path):
     resumed, again = finetune(evaluator, coarse, RECIPE, tmp_path / "cut")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert [record["loss"] for record in again] == [record["loss"] for record in records]
-    with pytest.raises(ArqError, match="another recipe"):
+    with pytest.raises(ArqError, match="differs in recipe"):
         finetune(evaluator, coarse, replace(RECIPE, epochs=2), tmp_path / "cut")
 
 

@@ -95,7 +95,7 @@ def test_each_cycle_ends_at_rest_and_starts_the_next(tmp_path):
 
 def test_another_recipe_is_not_resumed(tmp_path):
     train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50), tmp_path)
-    with pytest.raises(ArqError, match="another recipe"):
+    with pytest.raises(ArqError, match="differs in recipe"):
         train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50, sigma=0.25), tmp_path)
 
 

@@ -8,22 +8,33 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from arq_env.bitwidths import BitWidthMap
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
-from arq_env.networks.checkpoints import build_network, read_weights, save_checkpoint
+from arq_env.networks.checkpoints import build_network, channels_last, give_state, read_weights, save_checkpoint
+from arq_env.quantization.integer import weight_codes
 from arq_env.quantization.modules import QuantizedLayer, quantized_like, replace_module
+
+#: Largest distance of a weight from its level, as a share of its channel's largest: some roundings of float32.
+ROUNDING = 1e-6
 
 
 def model_bytes(network: nn.Module, layers: tuple[Layer, ...], bit_widths: BitWidthMap | None) -> int:
     """Size with weights packed at their bits, and steps, biases and statistics as float32.
 
+    Of a layer its weights count, and its bias; not what a parametrization, a mask or fine-tuning keeps beside them. What has two
+    names counts once.
+
     :param network: the FP32 network, or any made from it
     :param bit_widths: None for FP32
     """
-    names = {f"{layer.name}.{kind}" for layer in layers for kind in ("weight", "activation_step")}
-    state = network.state_dict().items()
-    rest = sum(4 * tensor.numel() for name, tensor in state if name not in names and tensor.is_floating_point())
+    state = {id(tensor): (name, tensor) for name, tensor in reversed(network.state_dict(keep_vars=True).items())}
+    names = {layer.name for layer in layers}
+    rest = 0
+    for name, tensor in state.values():
+        of_layer = any(name.startswith(f"{layer}.") for layer in names) and name.rpartition(".")[2] != "bias"
+        if tensor.is_floating_point() and not of_layer:
+            rest += 4 * tensor.numel()
     if bit_widths is None:
         return rest + 4 * sum(layer.parameters for layer in layers)
     packed = sum(math.ceil(layer.parameters * bit_widths[layer.name].weight / 8) for layer in layers)
@@ -33,6 +44,7 @@ def model_bytes(network: nn.Module, layers: tuple[Layer, ...], bit_widths: BitWi
 def save_quantized(network: nn.Module, path: Path, card: dict) -> dict:
     """Write the network's state (float32, weights on their levels) and, beside it, its card with the bits of each layer.
 
+    :param path: ending in ``.safetensors``, or anything; the card's name is the same with ``.json`` in its place, or after it
     :param card: with ``network``, its name
     :return: the card as written, with ``layers`` and ``digest``
     """
@@ -53,7 +65,8 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
     """Return the network that :func:`save_quantized` wrote, in evaluation mode, and its card.
 
     :param base: a network of the same structure, whose weights do not matter; not needed for this package's networks
-    :raises ArqError: when a file is missing, damaged or not such a network
+    :raises ArqError: when a file is missing, damaged or not such a network; naming the layer, when its bits are none that a map may
+        have, its weights are not on so many levels, or its step is not a positive number
     """
     path = Path(path)
     try:
@@ -63,9 +76,18 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
                 network = build_network(card["network"])
         else:
             network = copy.deepcopy(base)
+        seen = set()
         for layer in card["layers"]:
             name = layer["name"]
-            module = quantized_like(network.get_submodule(name), name)
+            if name in seen:
+                raise ArqError(f"{path} has layer {name!r} twice on its card: restore it or make it again")
+            seen.add(name)
+            module = network.get_submodule(name)
+            if not isinstance(module, nn.Conv2d | nn.Linear):
+                raise ValueError(f"{name!r} is a {type(module).__name__} in the network")
+            if (fault := _fault(layer, module, state[f"{name}.weight"], state[f"{name}.activation_step"])) is not None:
+                raise ArqError(f"{path} cannot be loaded: layer {name!r} has {fault}; restore it or make it again")
+            module = quantized_like(module, name)
             module.set_levels(
                 state[f"{name}.weight"],
                 layer["weight_bits"],
@@ -74,9 +96,40 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
                 signed=layer["signed_activations"],
             )
             replace_module(network, name, module)
-        network.load_state_dict(state, assign=True)
+        give_state(network, state)
     except ArqError:
         raise
-    except (OSError, KeyError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, IndexError, SafetensorError) as error:
         raise ArqError(f"{path} cannot be loaded ({error}): give a .safetensors file of a quantized network") from error
-    return network.eval().to(memory_format=torch.channels_last), card
+    return channels_last(network.eval()), card
+
+
+def _fault(layer: dict, module: nn.Module, weight: torch.Tensor, step: torch.Tensor) -> str | None:
+    """What is wrong with a layer of a file, as its card and its tensors say; None where all is well.
+
+    :param module: what the network has there
+    """
+    for key in ("weight_bits", "activation_bits"):
+        if type(layer[key]) is not int or not MIN_BITS <= layer[key] <= MAX_BITS:
+            return f"{key} {layer[key]!r}, which is no whole number from {MIN_BITS} to {MAX_BITS}"
+    if type(layer["signed_activations"]) is not bool:
+        return f"signed_activations {layer['signed_activations']!r}, which is neither true nor false"
+    if weight.dtype != torch.float32 or step.dtype != torch.float32:
+        return f"a weight of {weight.dtype} and a step of {step.dtype}, which must be float32"
+    if weight.shape != module.weight.shape:
+        return f"a weight of shape {tuple(weight.shape)}, where the network has {tuple(module.weight.shape)}"
+    if step.dim() or not (step.isfinite() and step > 0):
+        return f"the step {step.tolist()!r}, which is no positive number"
+    if not weight.isfinite().all():
+        return "weights that are NaN or infinite"
+    try:
+        codes, steps = weight_codes(weight, layer["weight_bits"])
+    except ArqError as error:
+        return f"other weights than its card says: {error}"
+    rows, codes = weight.flatten(1), codes.flatten(1)
+    off = (codes * steps[:, None] - rows).abs().amax(1) > ROUNDING * rows.abs().amax(1)
+    if layer["weight_bits"] == MIN_BITS:  # four levels, the odd ones; a channel of nothing but zeros is on none and does no harm
+        off |= ((codes % 2 == 0) & (rows != 0).any(1, keepdim=True)).any(1)
+    if off.any():
+        return f"other weights than its card says: channel {int(off.nonzero()[0])} has some between its levels"
+    return None
