@@ -25,7 +25,7 @@ from agents.search import CONFIRMING_STEPS
 from arq_env import command_line
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.evaluation import Evaluator
 from arq_env.files import read_json, sha256, write_json
 from arq_env.finetuning import brief_recipe, finish_briefly
@@ -118,5 +118,5 @@ def finished_radii(
         if radii.ndim != 1 or not radii.size or not (np.isfinite(radii) & (radii >= 0)).all():
             raise ValueError("radii that are none")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): delete it and run again") from error
+        raise ArqError(f"{path} cannot be read ({reason(error)}): delete it and run again") from error
     return radii

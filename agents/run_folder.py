@@ -8,7 +8,7 @@ from agents.algorithms import ALGORITHMS, hyperparameters
 from agents.levers import changes, split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.evaluation import REWARD_VERSION, Evaluator
 from arq_env.files import read_json, write_json, writing
 from arq_env.provenance import provenance
@@ -103,4 +103,4 @@ def read_config(path: Path) -> dict:
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
+        raise ArqError(f"{path} cannot be read ({reason(error)}): choose another --output") from error

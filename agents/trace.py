@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.evaluation import Evaluation
 from arq_env.files import parse_json
 
@@ -72,7 +72,7 @@ def read_trace(path: Path) -> list[Episode]:
             episodes.append(_episode(parse_json(line)))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ArqError(
-                f"{path} line {number} is not an episode ({error}): delete the run folder or choose another --output"
+                f"{path} line {number} is not an episode ({reason(error)}): delete the run folder or choose another --output"
             ) from error
     return episodes
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.files import read_json, write_json
 from arq_env.layers import Layer
 
@@ -136,9 +136,7 @@ def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
     except OSError as error:
         raise ArqError(f"{path} cannot be read ({error.strerror}): give the path of a bit_widths.json") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ArqError(
-            f"{path} is not a bit-width map ({type(error).__name__}: {error}): it needs format, version and layers"
-        ) from error
+        raise ArqError(f"{path} is not a bit-width map ({reason(error)}): it needs format, version and layers") from error
     check_map(bit_widths, layers)
     stated = {entry["name"]: entry for entry in entries}
     for layer in layers:

@@ -13,7 +13,7 @@ import torch
 from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map
 from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.files import read_json
 from arq_env.layers import Layer, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
@@ -149,8 +149,8 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         training, sigma, digest = made_with.get("training", "gaussian"), header["sigma"], made_with.get("checkpoint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(
-            f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json, or, where uniform bits "
-            "will do, FP32 or W4A4"
+            f"{path} cannot be read as a bit-width map ({reason(error)}): give a run folder or a bit_widths.json, or, where "
+            "uniform bits will do, FP32 or W4A4"
         ) from error
     if None in names:
         raise ArqError(

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.files import atomic_file, read_json, sha256, write_json
 from arq_env.networks.resnet import resnet20
 
@@ -136,5 +136,7 @@ def load_weights(network: torch.nn.Module, path: Path) -> dict:
     except ArqError:
         raise
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ArqError(f"{path} cannot be loaded ({error}): restore it or train it again with experiments/pretrain.py") from error
+        raise ArqError(
+            f"{path} cannot be loaded ({reason(error)}): restore it or train it again with experiments/pretrain.py"
+        ) from error
     return card

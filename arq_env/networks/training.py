@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from arq_env.datasets import Dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.files import atomic_file
 from arq_env.networks.checkpoints import channels_last
 
@@ -308,5 +308,4 @@ def _restore(folder, belongs_to, network, optimizer, schedule) -> list[dict]:
     except ArqError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ArqError(f"{path} cannot be gone on from ({reason}): delete it, or choose another --output") from error
+        raise ArqError(f"{path} cannot be gone on from ({reason(error)}): delete it, or choose another --output") from error

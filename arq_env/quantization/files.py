@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.layers import Layer
 from arq_env.networks.checkpoints import build_network, channels_last, give_state, read_weights, save_checkpoint
 from arq_env.quantization.integer import weight_codes
@@ -75,7 +75,7 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
             with torch.device("meta"):
                 network = build_network(card["network"])
         else:
-            network = copy.deepcopy(base)
+            network = _copy(base)
         seen = set()
         for layer in card["layers"]:
             name = layer["name"]
@@ -100,8 +100,15 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
     except ArqError:
         raise
     except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, IndexError, SafetensorError) as error:
-        raise ArqError(f"{path} cannot be loaded ({error}): give a .safetensors file of a quantized network") from error
+        raise ArqError(f"{path} cannot be loaded ({reason(error)}): give a .safetensors file of a quantized network") from error
     return channels_last(network.eval()), card
+
+
+def _copy(base: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(base)
+    except RuntimeError as error:  # it keeps a tensor with a history
+        raise ArqError(f"the base network cannot be copied ({reason(error)}): give one fresh from its constructor") from error
 
 
 def _fault(layer: dict, module: nn.Module, weight: torch.Tensor, step: torch.Tensor) -> str | None:
