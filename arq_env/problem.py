@@ -1,6 +1,7 @@
 """What is being quantized: a network, its layers, its data and its noise level."""
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: st
 
     :raises ArqError: for sigma out of range, when there is no such checkpoint, or it is damaged, or there is no such device
     """
-    if type(sigma) not in (int, float) or not 0 < sigma < float("inf"):
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma <= sys.float_info.max:
         raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
     module, card = load_checkpoint(Checkpoint(network, dataset, float(sigma), training))
     check_device(device)

@@ -64,7 +64,8 @@ class Recipe:
             if type(value := getattr(self, name)) is not int or value < low:
                 raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
         for name in ("sigma", "peak_rate", "weight_decay", "consistency", "entropy", "distillation", "momentum"):
-            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < math.inf:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ArqError(f"{name} is {value!r}: give a number that is not negative")
         for name in ("sigma", "peak_rate"):
             if getattr(self, name) == 0:
