@@ -25,9 +25,9 @@ from agents.search import CONFIRMING_STEPS
 from arq_env import command_line
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
-from arq_env.errors import ArqError
+from arq_env.errors import ArqError, reason
 from arq_env.evaluation import Evaluator
-from arq_env.files import sha256, write_json
+from arq_env.files import read_json, sha256, write_json
 from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.provenance import provenance
 
@@ -106,11 +106,17 @@ def finished_radii(
     """
     problem = evaluator.problem
     recipe = asdict(brief_recipe(problem, steps))
-    identity = [bit_widths, problem.digest, recipe, asdict(settings), provenance()["versions"]]
+    identity = [bit_widths, problem.digest, problem.data_digest, recipe, asdict(settings), provenance()["versions"]]
     if problem.device.type != "cpu":
         identity.append(str(problem.device))
     path = folder / f"{sha256(json.dumps(identity).encode())[:16]}.json"
     if not path.exists():
         certificates = certify_on_test_images(problem, finish_briefly(evaluator, bit_widths, steps), settings)
         write_json(path, {"map": bit_widths, "radii": [round(float(radius), 5) for radius in certificates.certified_radius]})
-    return np.array(json.loads(path.read_text())["radii"])
+    try:
+        radii = np.array(read_json(path)["radii"], dtype=float)
+        if radii.ndim != 1 or not radii.size or not (np.isfinite(radii) & (radii >= 0)).all():
+            raise ValueError("radii that are none")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArqError(f"{path} cannot be read ({reason(error)}): delete it and run again") from error
+    return radii

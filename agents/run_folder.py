@@ -8,9 +8,9 @@ from agents.algorithms import ALGORITHMS, hyperparameters
 from agents.levers import changes, split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
-from arq_env.errors import ArqError
-from arq_env.evaluation import Evaluator
-from arq_env.files import write_json
+from arq_env.errors import ArqError, reason
+from arq_env.evaluation import REWARD_VERSION, Evaluator
+from arq_env.files import read_json, write_json, writing
 from arq_env.provenance import provenance
 
 
@@ -36,13 +36,18 @@ def export_map(folder: Path, env, bit_widths: BitWidthMap, budget: float, metric
 
 
 def evaluation_identity(evaluator: Evaluator) -> dict:
-    """What an evaluation depends on beside the map: two that are equal in this can take each other's place."""
+    """What an evaluation depends on beside the map: two that are equal in this can take each other's place.
+
+    The data set is loaded.
+    """
     problem = evaluator.problem
     return {
         "sigma": problem.sigma,
         "network": problem.digest,
+        "data": problem.data_digest,
         "device": str(problem.device),
         "certifier": dataclasses.asdict(evaluator.settings),
+        "reward_version": REWARD_VERSION,
         "versions": provenance()["versions"],
     }
 
@@ -73,7 +78,9 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file
     path = folder / "config.json"
     if not path.exists():
-        if folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir()):
+        with writing(folder):
+            there = folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir())
+        if there:
             raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
         write_json(path, config | {"provenance": provenance()})
         return []
@@ -94,9 +101,6 @@ def read_config(path: Path) -> dict:
     :raises ArqError: when it cannot be read
     """
     try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise ArqError(f"{path} cannot be read ({error}): choose another --output") from error
-    return config
+        raise ArqError(f"{path} cannot be read ({reason(error)}): choose another --output") from error

@@ -1,6 +1,5 @@
 """One search from first episode to exported map, resumable at every episode."""
 
-import json
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -21,7 +20,7 @@ from agents.trace import Episode
 from arq_env.bitwidths import BitWidthMap
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
-from arq_env.files import atomic_file
+from arq_env.files import atomic_file, read_json
 from arq_env.finetuning import finish_briefly
 
 #: Maps with the highest rewards that are judged again, on other images.
@@ -89,10 +88,11 @@ def search(
 def _exported(folder: Path, episodes: int) -> int | None:
     """The episode whose map a search of this length has exported; None when it has not come to its end."""
     try:
-        metrics = json.loads((folder / "bit_widths.json").read_text())["metrics"]
-        return metrics["episode"] if metrics["episodes"] == episodes else None
-    except (OSError, ValueError, KeyError):
+        metrics = read_json(folder / "bit_widths.json")["metrics"]
+        exported, ended = metrics["episode"], metrics["episodes"] == episodes
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return exported if ended and type(exported) is int and 1 <= exported <= episodes else None
 
 
 def start(folder: Path, env, episodes: int, known: list[Episode], *, progress: bool) -> Recorder:

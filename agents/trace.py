@@ -1,12 +1,14 @@
 """The trace of a search: one line of JSON an episode, enough to draw its curve and to go on after a kill."""
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from arq_env.bitwidths import Bits, BitWidthMap
-from arq_env.errors import ArqError
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
+from arq_env.errors import ArqError, reason
 from arq_env.evaluation import Evaluation
+from arq_env.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -45,33 +47,62 @@ class Episode:
 def append_episode(path: Path, episode: Episode) -> None:
     """Add one line to the trace."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(asdict(episode)) + "\n")
     except OSError as error:
         raise ArqError(f"cannot write {path} ({error.strerror}): free some space there; the same command then goes on") from error
 
 
 def count_episodes(path: Path) -> int:
-    """How many episodes a trace holds, without reading what they found."""
-    return Path(path).read_bytes().count(b"\n") if Path(path).exists() else 0
+    """How many episodes a trace holds, without reading what they found.
+
+    :raises ArqError: when it cannot be read
+    """
+    return _read(path).count(b"\n")
 
 
 def read_trace(path: Path) -> list[Episode]:
     """Read a trace; a last line that a kill cut short is left out.
 
-    :raises ArqError: when another line cannot be read
+    :raises ArqError: when it cannot be read, or another line is not an episode
     """
-    if not Path(path).exists():
-        return []
     episodes = []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(_read(path).split(b"\n")[:-1], start=1):
         try:
-            fields = json.loads(line)
-            fields["bit_widths"] = {name: Bits(*bits) for name, bits in fields["bit_widths"].items()}
-            episodes.append(Episode(**fields))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            episodes.append(_episode(parse_json(line)))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ArqError(
-                f"{path} line {number} is not an episode ({error}): delete the run folder or choose another --output"
+                f"{path} line {number} is not an episode ({reason(error)}): delete the run folder or choose another --output"
             ) from error
     return episodes
+
+
+def _read(path: Path) -> bytes:
+    """What is in the file; nothing where there is none."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ArqError(f"{path} cannot be read ({error.strerror}): delete the run folder or choose another --output") from error
+
+
+def _episode(entries: dict) -> Episode:
+    """The episode of a line; each entry must be of its field's type, numbers finite and bits those of a map.
+
+    :raises ValueError, TypeError, AttributeError, OverflowError: when they are not
+    """
+    bit_widths = {}
+    for name, bits in entries.pop("bit_widths").items():
+        if (
+            not isinstance(bits, list)
+            or [type(bit) for bit in bits] != [int, int]
+            or not MIN_BITS <= min(bits) <= max(bits) <= MAX_BITS
+        ):
+            raise ValueError(f"layer {name!r} has bits {bits!r}")
+        bit_widths[name] = Bits(*bits)
+    for field in fields(Episode):
+        value, types = entries.get(field.name), (int,) if field.type is int else (int, float)
+        if field.name in entries and (type(value) not in types or not math.isfinite(value)):
+            raise ValueError(f"{field.name} is {value!r}")
+    return Episode(bit_widths=bit_widths, **entries)

@@ -6,7 +6,8 @@ Importing this package registers its environments; see :mod:`arq_env.registratio
 from arq_env.errors import ArqError
 from arq_env.registration import register_all
 
-__version__ = "0.1.0"
+#: The one place: setup.cfg and every provenance take it from here.
+__version__ = "0.3.0"
 __all__ = ["ArqError"]
 
 register_all()

@@ -1,12 +1,11 @@
 """The bit-width map: how many bits each layer's weights and input activations get, and its file."""
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from arq_env.errors import ArqError
-from arq_env.files import write_json
+from arq_env.errors import ArqError, reason
+from arq_env.files import read_json, write_json
 from arq_env.layers import Layer, kept_macs, total_macs
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -84,6 +83,8 @@ def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:
         if name not in bit_widths:
             raise ArqError(f"the map leaves out layer {name!r}: give its weight_bits and activation_bits")
     for name, bits in bit_widths.items():
+        if not (isinstance(bits, tuple) and len(bits) == 2):
+            raise ArqError(f"layer {name!r} has bits {bits!r}: give Bits(weight, activation)")
         for kind, value in zip(Bits._fields, bits, strict=True):
             if type(value) is not int or not MIN_BITS <= value <= MAX_BITS:
                 raise ArqError(f"layer {name!r} has {kind} bits {value!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
@@ -116,21 +117,37 @@ def save_map(path: Path, bit_widths: BitWidthMap, layers: tuple[Layer, ...], **h
 def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
     """Read a map written by :func:`save_map` or by hand; return it with the file's other entries.
 
-    :raises ArqError: when the file is missing or malformed, or the map is not one for ``layers``
+    :raises ArqError: when the file is missing or malformed, or the map is not one for ``layers``: their names, and the MACs and
+        weights that it states
     """
     try:
-        document = json.loads(Path(path).read_text())
+        document = read_json(path)
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ArqError(
                 f"{path} has format {document['format']} version {document['version']}: {FORMAT} version {VERSION} is read here"
             )
         entries = document.pop("layers")
-        bit_widths = {entry["name"]: Bits(entry["weight_bits"], entry["activation_bits"]) for entry in entries}
+        bit_widths = {}
+        for entry in entries:
+            if entry["name"] in bit_widths:
+                raise ValueError(f"it names layer {entry['name']!r} twice")
+            bit_widths[entry["name"]] = Bits(entry["weight_bits"], entry["activation_bits"])
+    except ArqError:
+        raise
     except OSError as error:
         raise ArqError(f"{path} cannot be read ({error.strerror}): give the path of a bit_widths.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ArqError(
-            f"{path} is not a bit-width map ({type(error).__name__}: {error}): it needs format, version and layers"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArqError(f"{path} is not a bit-width map ({reason(error)}): it needs format, version and layers") from error
     check_map(bit_widths, layers)
+    stated = {entry["name"]: entry for entry in entries}
+    for layer in layers:
+        for key in ("macs", "parameters"):
+            if (value := stated[layer.name].get(key, getattr(layer, key))) != getattr(layer, key):
+                raise ArqError(
+                    f"{path} says that layer {layer.name!r} has {value!r} {key} where it has {getattr(layer, key)}: it is a map "
+                    "for another network or other images"
+                )
+    budget = document.get("budget")
+    if budget is not None and (type(budget) not in (int, float) or not 0 < budget <= 1):
+        raise ArqError(f"{path} has budget {budget!r}: give a fraction of FP32's bit operations in (0, 1]")
     return {layer.name: bit_widths[layer.name] for layer in layers}, document

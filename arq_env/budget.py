@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from fractions import Fraction
 
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, free_layers
 from arq_env.errors import ArqError
@@ -17,24 +18,29 @@ class BopsBudget:
     :param fraction: the limit as a fraction of FP32's BOPs (32 x 32 a MAC), in (0, 1]
     :param end_bits: weight and activation bits of the first and the last layer, 2 to 8
     :raises ArqError: when even the smallest bits cost more, saying how much
+
+    ``limit`` is the largest number of BOPs whose fraction, as a float, is no more than ``fraction``: every map fits the budget that
+    :func:`arq_env.bitwidths.bops_fraction` reports of it.
     """
 
     def __init__(self, layers: tuple[Layer, ...], fraction: float, end_bits: int = END_BITS):
-        if not (isinstance(fraction, numbers.Real) and 0 < fraction <= 1):
+        if isinstance(fraction, bool) or not (isinstance(fraction, numbers.Real) and 0 < fraction <= 1):
             raise ArqError(f"the budget is {fraction!r}: give a fraction of FP32's bit operations in (0, 1], such as 0.015625")
-        if end_bits not in range(MIN_BITS, MAX_BITS + 1):
+        if not (isinstance(end_bits, numbers.Integral) and MIN_BITS <= end_bits <= MAX_BITS):
             raise ArqError(f"end_bits is {end_bits!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
-        self.layers, self.free, self.end_bits = layers, free_layers(layers), end_bits
+        self.layers, self.free, self.end_bits = layers, free_layers(layers), int(end_bits)
         fp32 = 1024 * sum(layer.macs for layer in layers)
         self.fraction = float(fraction)
-        self.limit = math.floor(fraction * fp32)
+        self.limit = math.floor(Fraction(self.fraction) * fp32)
+        while (self.limit + 1) / fp32 <= self.fraction:  # what rounds to this fraction counts to it
+            self.limit += 1
         macs = [layer.macs for layer in self.free]
         #: MACs of the free layers from each step on, and 0 after the last.
         self.macs_from = [sum(macs[step:]) for step in range(len(macs) + 1)]
         if (least := self.least({})) > self.limit:
             raise ArqError(
                 f"a budget of {fraction:.6g} of FP32's bit operations cannot be met: the least reachable is "
-                f"{math.ceil(least / fp32 * 1e6) / 1e6:.6f} ({MIN_BITS} bits everywhere, {end_bits} in the first and last layer)"
+                f"{-(-least * 10**6 // fp32) / 1e6:.6f} ({MIN_BITS} bits everywhere, {end_bits} in the first and last layer)"
             )
 
     def least(self, chosen: BitWidthMap) -> int:

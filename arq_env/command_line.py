@@ -1,6 +1,7 @@
 """What every script shares: its parser's look, and errors in one line."""
 
 import argparse
+import errno
 import sys
 import warnings
 
@@ -8,6 +9,9 @@ import gymnasium
 
 from arq_env.comparison import TestSettings
 from arq_env.errors import ArqError
+
+#: Of errors in writing that are the user's to mend, wherever they come from (TensorBoard writes in a thread of its own).
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -70,6 +74,12 @@ def run(main, *, resumes: bool = True) -> None:
         main()
     except (ArqError, gymnasium.error.Error) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{where} ({error.strerror}): free some space there, or choose another --output", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"interrupted: the same command {'goes on where this one stopped' if resumes else 'starts over'}", file=sys.stderr)

@@ -3,3 +3,9 @@
 
 class ArqError(ValueError):
     """Something the user can put right; scripts print the message alone and exit with code 2."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line and not a long one, for the parentheses of an :class:`ArqError`."""
+    said = " ".join(str(error).split())[:300]
+    return f"there is no {said}" if isinstance(error, KeyError) else said

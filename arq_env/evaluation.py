@@ -1,6 +1,5 @@
 """From a bit-width map to its evaluation: quantize, then certify on the reward split; remembered by map."""
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy import stats
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
 from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius, softmax_entropy
@@ -19,8 +19,13 @@ from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 
+#: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
+#: alone won reward; 2: logits are compared at FP32's mean entropy).
+REWARD_VERSION = 2
 #: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
 NOISE_LOSS = 0.5
+#: The base network is refused when guessing would certify as many images with this probability.
+LUCK = 0.05
 #: Samples of the FP32 network for each one that an incremental reward replays: a one-off cost, which makes its bound tight.
 CACHE_FACTOR = 16
 #: How the ACR of a reward can be measured: estimated by :func:`arq_env.certification.soft_radius`, or certified.
@@ -72,6 +77,20 @@ class CertifierSettings:
         return self.images * (self.n if self.reward_method == "soft" else self.n0 + self.n)
 
 
+def settings_of(document: dict) -> CertifierSettings:
+    """How the search that found a map was rewarded, from the entries of the map's file; the defaults where they do not say.
+
+    :raises ArqError: when they say what no search has
+    """
+    made_with = document.get("provenance", {})
+    try:
+        return CertifierSettings(**made_with.get("certifier", {}))
+    except (TypeError, AttributeError) as error:
+        raise ArqError(
+            f"the map's certifier is not one of a search ({error}): restore the file, or leave that entry out"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What the reward certifier says of one network.
@@ -98,6 +117,11 @@ class Evaluator:
     def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings()):
         self.problem, self.settings = problem, settings
         self._known: dict[tuple, Evaluation] = {}
+
+    def __getstate__(self):
+        """Without calibration and images, which are made again where they are missing."""
+        made_again = ("quantizer", "divergence", "_reward_images")
+        return {name: value for name, value in vars(self).items() if name not in made_again}
 
     @cached_property
     def quantizer(self) -> Quantizer:
@@ -128,8 +152,8 @@ class Evaluator:
         warn_if_noise_is_new(self.problem)
         evaluation = self.measure(lambda: self.problem.network)
         images, chance = self.settings.images, 1 / len(self.problem.dataset.classes)
-        by_luck = chance + 3 * math.sqrt(chance * (1 - chance) / images)
-        if evaluation.acr == 0 or evaluation.clean_accuracy <= by_luck:
+        luck = stats.binom.sf(round(evaluation.clean_accuracy * images) - 1, images, chance)
+        if evaluation.acr == 0 or luck > LUCK:
             raise ArqError(
                 f"the FP32 network certifies {evaluation.clean_accuracy:.1%} of the {images} reward images at sigma "
                 f"{self.problem.sigma}, no more than luck might: use the right weights, trained under this noise"

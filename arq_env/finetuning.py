@@ -3,6 +3,7 @@
 import copy
 import math
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from arq_env.evaluation import Evaluator
 from arq_env.networks.training import Recipe, train
 from arq_env.problem import Problem
 
-#: Images of the reward split that epochs are judged on: the last ones, which no search is rewarded on.
+#: Images of the reward split that epochs are judged on, at most.
 HELD_OUT = 464
 
 
@@ -32,7 +33,9 @@ def finetuning_recipe(sigma: float, **changes) -> Recipe:
 def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:
     """The same recipe cut to so many batches: for telling how maps compare once finished, not for networks to ship."""
     recipe = finetuning_recipe(problem.sigma, seed=seed, precision="bf16", start=problem.card.get("digest", ""))
-    epochs = math.ceil(steps * recipe.batch / len(problem.dataset.train.images))
+    there = len(problem.dataset.train.images)
+    recipe = replace(recipe, batch=min(recipe.batch, there))
+    epochs = math.ceil(steps * recipe.batch / there)
     return replace(recipe, epochs=epochs, images=steps // epochs * recipe.batch)
 
 
@@ -70,9 +73,20 @@ def finetune(
     :param bit_widths: None trains the FP32 network by the same recipe, for a fair comparison
     :param recipe: such as :func:`finetuning_recipe` gives; with distillation the base network is the teacher
     :param on_epoch: called with each epoch's record, with ``held_out_acr`` in it
-    :raises ArqError: when the map is not one for this network, or the folder holds another recipe's state
+    :raises ArqError: when the map is not one for this network, or the folder holds the state of another map, network, data set,
+        recipe or evaluator
     """
-    problem, quantizer = evaluator.problem, evaluator.quantizer
+    problem, quantizer, settings = evaluator.problem, evaluator.quantizer, evaluator.settings
+    what = {
+        "map": bit_widths,
+        "network": problem.digest,
+        "evaluator": {"seed": settings.seed, "images": settings.images, "first": settings.first},  # calibration, held-out images
+    }
+    if not held_out(evaluator)[2]:
+        warnings.warn(
+            "maps are rewarded on all images of the reward split, so held_out_acr is on images that the map was chosen by",
+            stacklevel=2,
+        )
     network = _trainable(evaluator, bit_widths)
 
     def judge(record):
@@ -87,6 +101,7 @@ def finetune(
         teacher=problem.network,
         device=str(problem.device),
         compile=compile,
+        what=what,
         on_batch=on_batch,
         on_epoch=judge,
     )
@@ -94,9 +109,24 @@ def finetune(
 
 
 def held_out_acr(evaluator: Evaluator, network: torch.nn.Module) -> float:
-    """ACR at n = 64, alpha = 0.05, on the last images of the reward split."""
+    """ACR at n = 64, alpha = 0.05, on the images of the reward split that :func:`held_out` gives."""
     problem = evaluator.problem
-    count = min(HELD_OUT, len(problem.dataset.reward.images))
-    images, labels = problem.reward_images(count, len(problem.dataset.reward.images) - count)
+    images, labels = problem.reward_images(*held_out(evaluator)[:2])
     judged = {"n0": 8, "n": 64, "alpha": 0.05, "seed": evaluator.settings.seed, "skip_wrong": True}
     return certify(network, images, labels, sigma=problem.sigma, **judged).acr
+
+
+def held_out(evaluator: Evaluator) -> tuple[int, int, bool]:
+    """Images of the reward split to judge epochs on: how many, the index of the first, and whether no map was rewarded on them.
+
+    They are the last of those that no map was rewarded or confirmed on (:meth:`arq_env.evaluation.Evaluator.second_opinion`); else
+    of those that none was rewarded on; else, where the evaluator rewards maps on all images, of these.
+    """
+    settings, there = evaluator.settings, len(evaluator.problem.dataset.reward.images)
+    rewarded = settings.first + settings.images
+    for first, end in ((rewarded + 2 * settings.images, there), (rewarded, there), (0, settings.first)):
+        if first < end:
+            count = min(HELD_OUT, end - first)
+            return count, end - count, True
+    count = min(HELD_OUT, there)
+    return count, there - count, False

@@ -1,19 +1,21 @@
 """What is being quantized: a network, its layers, its data and its noise level."""
 
 import hashlib
-import json
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from arq_env.bitwidths import BitWidthMap, load_map
+from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map
 from arq_env.datasets import Dataset, Split, load_dataset
-from arq_env.datasets.augment import random_crop, to_float
-from arq_env.errors import ArqError
+from arq_env.datasets.augment import as_tensor, random_crop, to_float
+from arq_env.errors import ArqError, reason
+from arq_env.files import read_json
 from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.quantization.convert import check_conversion
@@ -70,8 +72,29 @@ class Problem:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """The data set, loaded at first use."""
-        return self.load()
+        """The data set, loaded at first use.
+
+        :raises ArqError: when its images are not of the input shape, for which costs and features are
+        """
+        dataset = self.load()
+        if not isinstance(dataset, Dataset):
+            raise ArqError(f"load() gave {type(dataset).__name__!r}: let it return an arq_env.datasets.Dataset")
+        height, width, channels = dataset.train.images.shape[1:]
+        if (channels, height, width) != tuple(self.input_shape):
+            raise ArqError(
+                f"the input shape is {tuple(self.input_shape)} and the images are {(channels, height, width)}: give "
+                f"input_shape={(channels, height, width)}, since what a layer costs depends on it"
+            )
+        return dataset
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of all images and labels."""
+        return self.dataset.digest
+
+    def __getstate__(self):
+        """Without the data, which a copy in another process loads itself."""
+        return {name: value for name, value in vars(self).items() if name != "dataset"}
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +109,7 @@ class Problem:
         generator = torch.Generator().manual_seed(seed)
         images = self.dataset.train.images
         chosen = torch.randperm(len(images), generator=generator)[:CALIBRATION_IMAGES]
-        cropped = random_crop(torch.as_tensor(images[chosen.numpy()]), generator, flip=self.dataset.flip)
+        cropped = random_crop(as_tensor(images[chosen.numpy()]), generator, flip=self.dataset.flip)
         noisy = to_float(cropped)
         noisy += self.sigma * torch.randn(noisy.shape, generator=generator)
         return noisy.to(self.device)
@@ -107,7 +130,7 @@ class Problem:
 
 
 def _as_pixels(split: Split, chosen: slice) -> tuple[torch.Tensor, np.ndarray]:
-    return to_float(torch.as_tensor(split.images[chosen])), split.labels[chosen]
+    return to_float(as_tensor(split.images[chosen])), split.labels[chosen]
 
 
 def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: str = "gaussian", device: str = "cpu") -> Problem:
@@ -115,37 +138,50 @@ def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: st
 
     :raises ArqError: for sigma out of range, when there is no such checkpoint, or it is damaged, or there is no such device
     """
-    if not (isinstance(sigma, (int, float)) and np.isfinite(sigma) and sigma > 0):
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma <= sys.float_info.max:
         raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
     module, card = load_checkpoint(Checkpoint(network, dataset, float(sigma), training))
     check_device(device)
-    return Problem(module.to(device), lambda: load_dataset(dataset), float(sigma), card=card)
+    return Problem(module.to(device), partial(load_dataset, dataset), float(sigma), card=card)
 
 
 def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, dict, Path]:
-    """A map's file and the problem it is for.
+    """A map's file and the problem it is for; warns when it costs more than the budget that the file states.
 
     :param path: a run folder of a search, or a bit_widths.json, found or edited by hand
-    :return: problem, map, the file's ``provenance``, and the file
-    :raises ArqError: when it cannot be read, or was found for other weights than the shipped ones
+    :return: problem, map, the file's other entries, and the file
+    :raises ArqError: when it cannot be read, is for a network of one's own, or was found for other weights than the shipped ones
     """
     path = path / "bit_widths.json" if path.is_dir() else path
     try:
-        header = json.loads(path.read_text())
+        header = read_json(path)
         names = header["network"], header["dataset"]
         made_with = header.get("provenance", {})
-        training, sigma = made_with.get("training", "gaussian"), header["sigma"]
+        training, sigma, digest = made_with.get("training", "gaussian"), header["sigma"], made_with.get("checkpoint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(
-            f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json, or, where uniform bits "
-            "will do, FP32 or W4A4"
+            f"{path} cannot be read as a bit-width map ({reason(error)}): give a run folder or a bit_widths.json, or, where "
+            "uniform bits will do, FP32 or W4A4"
         ) from error
+    if None in names:
+        raise ArqError(
+            f"{path} is a map for a network of your own, and this script is for shipped ones: call arq_env.bitwidths.load_map, "
+            "arq_env.finetuning.finetune and arq_env.comparison.compare_maps with your Problem"
+        )
+    if not all(isinstance(name, str) for name in (*names, training)):
+        raise ArqError(f"{path} has network, dataset or training that is no name: restore the file, or search again")
     problem = load_problem(*names, sigma=sigma, training=training, device=device)
-    if made_with.get("checkpoint", problem.card["digest"]) != problem.card["digest"]:
+    if digest not in (None, problem.card["digest"]):
         raise ArqError(
             f"{path} was found for other weights than the checkpoint that is here: search again, or restore that checkpoint"
         )
-    return problem, load_map(path, problem.layers)[0], made_with, path
+    bit_widths, document = load_map(path, problem.layers)
+    fraction, budget = bops_fraction(bit_widths, problem.layers), document.get("budget")
+    if budget is not None and fraction > budget:
+        warnings.warn(
+            f"the map in {path} costs {fraction:.4%} of FP32's bit operations, more than its budget of {budget:.4%}", stacklevel=2
+        )
+    return problem, bit_widths, document, path
 
 
 def check_device(device: str) -> None:

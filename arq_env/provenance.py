@@ -6,12 +6,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("arq-env", "gymnasium", "numpy", "scipy", "stable-baselines3", "torch")
+import arq_env
+
+PACKAGES = ("gymnasium", "numpy", "scipy", "stable-baselines3", "torch")
 
 
 def provenance() -> dict:
-    """Command line, package versions, Python and processor of this process."""
-    versions = {}
+    """Command line, package versions, Python and processor of this process; of this package the version of the code that runs."""
+    versions = {"arq-env": arq_env.__version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -31,10 +33,11 @@ def _relative(arguments: list[str]) -> list[str]:
 
 
 def _hardware() -> str:
+    """The GPU where this process has used one, else the CPU."""
     import os
 
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
-from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.evaluation import Evaluator, settings_of
 from arq_env.files import write_json
 from arq_env.problem import load_mapped
 from arq_env.report import comparison_table, layer_table
@@ -40,14 +40,10 @@ def main():
     options = parse()
     if not options.uniform:
         raise ArqError("--uniform needs at least one bit-width to compare with")
-    problem, found, made_with, path = load_mapped(options.run, options.device)
-    try:
-        certifier = CertifierSettings(**made_with.get("certifier", {}))
-    except TypeError as error:
-        raise ArqError(f"{path} cannot be read as a bit-width map ({error}): give a run folder or a bit_widths.json") from error
+    problem, found, document, path = load_mapped(options.run, options.device)
     maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
-    evaluator = Evaluator(problem, certifier)
+    evaluator = Evaluator(problem, settings_of(document))
     print(layer_table(problem.layers, found), end="\n\n")
     comparison = compare_maps(
         evaluator,

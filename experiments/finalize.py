@@ -15,8 +15,8 @@ from arq_env import command_line
 from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
-from arq_env.evaluation import Evaluator
-from arq_env.files import write_json
+from arq_env.evaluation import CertifierSettings, Evaluator, settings_of
+from arq_env.files import write_json, writing
 from arq_env.finetuning import finetune, finetuning_recipe
 from arq_env.networks.training import Recipe, batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
@@ -57,16 +57,18 @@ def parse():
 
 def main():
     options = parse()
-    problem, bit_widths, name = chosen_map(options)
+    problem, bit_widths, name, found = chosen_map(options)
+    searched = settings_of(found)
     folder = options.output or default_folder(options, name)
-    evaluator = Evaluator(problem)
+    evaluator = Evaluator(problem, CertifierSettings(images=searched.images, first=searched.first))
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"sigma", "start"}
     changes = {field: value for field, value in vars(options).items() if field in fields}
     recipe = finetuning_recipe(problem.sigma, start=problem.card["digest"], **changes)
     if bit_widths is not None:
         print(layer_table(problem.layers, bit_widths), end="\n\n")
 
-    writer = SummaryWriter(folder / "tensorboard")
+    with writing(folder / "tensorboard"):
+        writer = SummaryWriter(folder / "tensorboard")
     with tqdm(total=recipe.epochs * batches_per_epoch(problem.dataset, recipe), unit="batch", desc=f"fine-tuning {name}") as bar:
 
         def on_epoch(record):
@@ -102,10 +104,16 @@ def main():
     }
     saved = save_quantized(network, folder / "network.safetensors", document | provenance())
     if bit_widths is not None:
-        header = {key: document[key] for key in ("network", "dataset", "sigma")} | {"budget": document["bops_fraction"]}
+        header = {key: document[key] for key in ("network", "dataset", "sigma")}
+        header["budget"] = document["bops_fraction"] if found.get("budget") is None else found["budget"]
         made = provenance() | {"checkpoint": document["checkpoint"], "training": document["training"]}
         save_map(
-            folder / "bit_widths.json", bit_widths, problem.layers, **header, metrics={"acr": document["acr"]}, provenance=made
+            folder / "bit_widths.json",
+            bit_widths,
+            problem.layers,
+            **header,
+            metrics={"acr": document["acr"]},
+            provenance=made,
         )
     write_json(folder / f"summary-n{settings.n}.json", document | {"digest": saved["digest"], "provenance": provenance()})
     print(
@@ -116,12 +124,12 @@ def main():
 
 
 def chosen_map(options):
-    """The problem, the map (None for FP32) and what to call it."""
+    """The problem, the map (None for FP32), what to call it, and the other entries of its file."""
     if options.map == "FP32" or UNIFORM.fullmatch(options.map):
         problem = load_problem("resnet20", options.dataset, sigma=options.sigma, training=options.training, device=options.device)
-        return problem, named_uniform(options.map, problem.layers), options.map
-    problem, bit_widths, _, path = load_mapped(Path(options.map), options.device)
-    return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem
+        return problem, named_uniform(options.map, problem.layers), options.map, {}
+    problem, bit_widths, document, path = load_mapped(Path(options.map), options.device)
+    return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem, document
 
 
 def for_certification(network, options, *, quantized: bool):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from arq_env import command_line
 from arq_env.datasets import load_dataset
+from arq_env.files import writing
 from arq_env.networks.checkpoints import SHIPPED, Checkpoint, build_network, load_weights, save_checkpoint
 from arq_env.networks.training import Recipe, batches_per_epoch, noisy_accuracy, train, training_method
 from arq_env.problem import check_device
@@ -74,7 +75,8 @@ def main():
     dataset = load_dataset(options.dataset)
     batches = batches_per_epoch(dataset, recipe)
 
-    writer = SummaryWriter(folder / "tensorboard")
+    with writing(folder / "tensorboard"):
+        writer = SummaryWriter(folder / "tensorboard")
     with tqdm(total=recipe.epochs * batches, unit="batch", mininterval=1.0) as bar:
 
         def on_epoch(record):

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings
+from arq_env.datasets import Split
 from arq_env.evaluation import Evaluator
-from tests.toy import make_toy_env
+from tests.toy import make_toy_env, toy_dataset, toy_problem
 
 
 def run(store, method, seed=0, env=None, episodes=8):
@@ -46,6 +48,25 @@ def test_evaluations_made_otherwise_are_not_shared(tmp_path, change):
     other = make_toy_env(**change).evaluator
     recall(other, tmp_path)
     assert not other._known
+
+
+def test_evaluations_on_other_data_or_of_another_reward_are_not_shared(tmp_path, monkeypatch):
+    """As those of traces from before the reward had a number, which is the published ones'."""
+    run(tmp_path, "uniform")
+    data = toy_dataset()
+    other = replace(data, reward=Split(data.reward.images, np.roll(data.reward.labels, 1)))
+    elsewhere = Evaluator(toy_problem(load=lambda: other), make_toy_env().evaluator.settings)
+    recall(elsewhere, tmp_path)
+    assert not elsewhere._known
+    path = tmp_path / "runs/uniform-0/config.json"
+    config = json.loads(path.read_text())
+    del config["reward_version"]
+    path.write_text(json.dumps(config))
+    here = make_toy_env().evaluator
+    recall(here, tmp_path)
+    assert not here._known
+    with pytest.raises(ArqError, match="differs in reward_version.: choose another --output"):
+        run(tmp_path, "uniform")
 
 
 def test_a_damaged_neighbour_is_named(tmp_path):

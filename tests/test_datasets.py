@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from arq_env import ArqError, files
-from arq_env.datasets import REWARD_IMAGES, cifar10, load_dataset, signs
+from arq_env.datasets import REWARD_IMAGES, cache, cifar10, load_dataset, signs
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def tiny_cifar10(empty_cache, monkeypatch):
     """CIFAR-10 as if it had twenty images."""
     arrays = tiny_arrays()
     monkeypatch.setattr(cifar10, "DIGESTS", {split: files.sha256(images) for split, (images, _) in arrays.items()})
-    monkeypatch.setattr(cifar10, "SIZES", {"train": 20, "test": 20})
+    monkeypatch.setattr(cifar10, "LABEL_DIGESTS", {split: files.sha256(labels) for split, (_, labels) in arrays.items()})
     return arrays
 
 
@@ -143,6 +143,16 @@ def test_other_pixels_are_refused(tiny_cifar10, empty_cache, monkeypatch):
     with pytest.raises(ArqError, match="SHA-256"):
         cifar10.load_arrays()
     assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize("change", [lambda labels: 0 * labels + 9, lambda labels: 0 * labels - 5, lambda labels: labels[::-1]])
+def test_other_labels_are_refused(tiny_cifar10, empty_cache, change):
+    cache.write_arrays(empty_cache / "cifar10.npz", tiny_cifar10)
+    assert cifar10.load_arrays()["test"][1].tolist() == tiny_cifar10["test"][1].tolist()
+    images, labels = tiny_cifar10["test"]
+    cache.write_arrays(empty_cache / "cifar10.npz", tiny_cifar10 | {"test": (images, change(labels))})
+    with pytest.raises(ArqError, match="test labels.*SHA-256"):
+        cifar10.load_arrays()
 
 
 def test_npm_package_is_read_in_order(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import warnings
 
@@ -25,11 +26,18 @@ def test_each_number_comes_from_its_own_split(problem):
     assert labels.tolist() == data.test.labels[1::2].tolist() and not torch.equal(other, test)
     with pytest.raises(ArqError, match="there are 40"):
         problem.test_images(offset=40)
-    blind = Evaluator(toy_problem(load=lambda: dataclasses.replace(data, test=None)), SMALL)
+    blind = Evaluator(toy_problem(load=lambda: without(data, "test")), SMALL)
     blind.evaluate(uniform(problem.layers, 4, 4))
     assert blind.reference.acr > 0
-    only_train = toy_problem(load=lambda: dataclasses.replace(data, test=None, reward=None))
+    only_train = toy_problem(load=lambda: without(data, "test", "reward"))
     assert len(only_train.calibration_images()) == 1_280
+
+
+def without(dataset, *parts):
+    """A copy that lacks some of its parts."""
+    lacking = copy.copy(dataset)
+    vars(lacking).update(dict.fromkeys(parts))
+    return lacking
 
 
 def test_calibration_images_are_noisy_training_images(problem):

@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from arq_env import ArqError
-from arq_env.bitwidths import Bits, bops_fraction, complete, load_map, save_map, uniform
+from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers, load_map, save_map, uniform
 from arq_env.budget import BopsBudget
 from arq_env.layers import find_layers
 from arq_env.networks.resnet import resnet20
@@ -91,7 +93,41 @@ def test_a_map_that_breaks_a_tie_names_the_layers(tmp_path):
         load_map(tmp_path / "map.json", TIED)
 
 
-@pytest.mark.parametrize("fraction", [0, -1, 1.5, float("nan"), "much", None])
+def test_a_map_fits_the_budget_that_it_reports():
+    """To the last bit operation, and no map that costs one more."""
+    rng, fp32 = np.random.default_rng(0), 1024 * sum(layer.macs for layer in LAYERS)
+    for _ in range(2_000):
+        bits = rng.integers(2, 9, (len(LAYERS), 2))
+        bit_widths = {layer.name: Bits(int(w), int(a)) for layer, (w, a) in zip(LAYERS, bits, strict=True)}
+        fraction = bops_fraction(bit_widths, LAYERS)
+        limit = BopsBudget(LAYERS, fraction).limit
+        assert limit >= bops(bit_widths, LAYERS) and limit / fp32 <= fraction < (limit + 1) / fp32
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=6), st.integers(2, 8))
+def test_the_least_reachable_budget_is_met(macs, end_bits):
+    layers = tuple(replace(LAYERS[0], name=str(i), macs=number) for i, number in enumerate(macs))
+    least = complete({layer.name: Bits(2, 2) for layer in free_layers(layers)}, layers, end_bits)
+    budget = BopsBudget(layers, bops_fraction(least, layers), end_bits)
+    assert budget.least({}) <= budget.limit
+    with pytest.raises(ArqError, match="least reachable is") as error:
+        BopsBudget(layers, 0.99 * budget.fraction, end_bits)
+    BopsBudget(layers, float(str(error.value).split("least reachable is ")[1].split()[0]), end_bits)
+
+
+def test_end_bits_are_whole():
+    with pytest.raises(ArqError, match="end_bits is 8.0"):
+        BopsBudget(LAYERS, 0.02, 8.0)
+    assert BopsBudget(LAYERS, 0.02, np.int64(4)).end_bits == 4
+
+
+@pytest.mark.parametrize("bits", [4, (4,), [4, 4], None, "44"])
+def test_a_map_of_other_things_than_pairs(bits):
+    with pytest.raises(ArqError, match="'fc' has bits"):
+        check_map(uniform(LAYERS, 4, 4) | {"fc": bits}, LAYERS)
+
+
+@pytest.mark.parametrize("fraction", [0, -1, 1.5, True, float("nan"), "much", None])
 def test_budget_out_of_range(fraction):
     with pytest.raises(ArqError, match="fraction"):
         BopsBudget(LAYERS, fraction)

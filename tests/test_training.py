@@ -1,4 +1,5 @@
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from arq_env import ArqError
+from arq_env.datasets import Split
 from arq_env.datasets.augment import random_crop, to_float
 from arq_env.networks import checkpoints
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -95,8 +97,56 @@ def test_each_cycle_ends_at_rest_and_starts_the_next(tmp_path):
 
 def test_another_recipe_is_not_resumed(tmp_path):
     train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50), tmp_path)
-    with pytest.raises(ArqError, match="another recipe"):
+    with pytest.raises(ArqError, match="differs in recipe"):
         train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50, sigma=0.25), tmp_path)
+
+
+def test_another_data_set_is_not_resumed(tmp_path):
+    recipe, data = Recipe(epochs=1, batch=50), toy_dataset()
+    train(fresh(), data, recipe, tmp_path)
+    other = replace(data, train=Split(data.train.images, np.roll(data.train.labels, 1)))
+    with pytest.raises(ArqError, match="differs in data set"):
+        train(fresh(), other, recipe, tmp_path)
+    with pytest.raises(ArqError, match="differs in what else"):
+        train(fresh(), data, recipe, tmp_path, what={"what else": 1})
+    with pytest.raises(ArqError, match="cannot be gone on from"):
+        train(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), data, recipe, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], lambda data: b"", lambda data: b"nonsense", lambda data: data[:200]])
+def test_a_damaged_state_is_one_line(tmp_path, damage):
+    train(fresh(), toy_dataset(), Recipe(epochs=1, batch=650), tmp_path)
+    path = tmp_path / "training.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ArqError, match="cannot be gone on from.*delete it") as error:
+        train(fresh(), toy_dataset(), Recipe(epochs=1, batch=650), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Whatever is written, through torch.save as well; what was there stays."""
+    resource = pytest.importorskip("resource")
+    train(fresh(), toy_dataset(), Recipe(epochs=1, batch=650), tmp_path)
+    before = (tmp_path / "training.pt").read_bytes()
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
+    try:
+        with pytest.raises(ArqError, match="cannot write .*training.pt"):
+            train(fresh(), toy_dataset(), Recipe(epochs=1, batch=650), tmp_path / "new")
+        with pytest.raises(ArqError, match="cannot write .*a.safetensors"):
+            save_checkpoint(fresh(), tmp_path / "a.safetensors", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "training.pt").read_bytes() == before and list((tmp_path / "new").iterdir()) == []
+
+
+def test_distillation_needs_a_teacher(tmp_path):
+    recipe = Recipe(epochs=1, batch=50, distillation=1.0)
+    for teacher in (None, fresh()):  # the latter in training mode
+        with pytest.raises(ArqError, match="no teacher in evaluation mode"):
+            train(fresh(), toy_dataset(), recipe, tmp_path, teacher=teacher)
+    assert not list(tmp_path.iterdir())
 
 
 def test_crops_are_windows_of_the_padded_image():

@@ -1,43 +1,22 @@
 """Data sets by name, and the three disjoint parts every number in this project comes from.
 
-========== ======================================= ===========================================================
+========== ======================================= ========================================================================
 part       images                                  used for
-========== ======================================= ===========================================================
-train      training images, all but the last 2,000 pretraining, step sizes, BatchNorm statistics
-reward     the last 2,000 training images          the reward of a search; watched during pretraining, never fitted to
+========== ======================================= ========================================================================
+train      training images, all but the last 2,000 pretraining, fine-tuning, step sizes, BatchNorm statistics
+reward     the last 2,000 training images          the reward of a search; watched during both trainings, never fitted to
 test       test images                             final certificates; never seen by a search
-========== ======================================= ===========================================================
+========== ======================================= ========================================================================
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
-
 from arq_env.datasets import cifar10, signs
+from arq_env.datasets.parts import Dataset, Split
 from arq_env.errors import ArqError
+
+__all__ = ["Dataset", "REWARD_IMAGES", "Split", "load_dataset"]
 
 #: Number of training images kept out of training and calibration, for the reward.
 REWARD_IMAGES = 2_000
-
-
-class Split(NamedTuple):
-    """images: uint8 [n, h, w, 3]; labels: int64 [n]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set cut into its three parts; ``flip`` says whether a mirrored image keeps its class."""
-
-    name: str
-    classes: tuple[str, ...]
-    flip: bool
-    train: Split
-    reward: Split
-    test: Split
 
 
 def load_dataset(name: str) -> Dataset:

@@ -1,22 +1,39 @@
 """The training augmentation, as batched tensor operations on the images' device."""
 
+import warnings
+
+import numpy as np
 import torch
+
+from arq_env.errors import ArqError
 
 #: Pixels of black border that a random crop may move into the image.
 CROP_PADDING = 4
 
 
+def as_tensor(images: np.ndarray) -> torch.Tensor:
+    """The array as a tensor that shares its memory, for reading: it may be a memory map, which torch warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(images)
+
+
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, h, w, 3] to float32 [n, 3, h, w] in [0, 1], channels-last in memory."""
+    """uint8 [n, h, w, channels] to float32 [n, channels, h, w] in [0, 1], channels-last in memory.
+
+    :raises ArqError: for any other dtype
+    """
+    if images.dtype != torch.uint8:
+        raise ArqError(f"the images are {images.dtype}: give uint8 from 0 to 255")
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
 def random_crop(images: torch.Tensor, generator: torch.Generator, *, flip: bool) -> torch.Tensor:
     """Crop each image at its own offset from a black border of 4 pixels and, with ``flip``, mirror half of them.
 
-    :param images: uint8 [n, h, w, 3]
+    :param images: uint8 [n, h, w, channels]
     :param generator: on the device of ``images``
-    :return: uint8 [n, h, w, 3]
+    :return: uint8 [n, h, w, channels]
     """
     n, height, width, _ = images.shape
     device = images.device

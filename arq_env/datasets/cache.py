@@ -14,8 +14,8 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def cache_folder() -> Path:
-    """``$ARQ_DATA`` if it is set, else the user's cache folder for ``arq-env``."""
-    return Path(os.environ.get("ARQ_DATA") or platformdirs.user_cache_dir("arq-env"))
+    """``$ARQ_DATA`` if it is set, ``~`` in it expanded, else the user's cache folder for ``arq-env``."""
+    return Path(os.environ.get("ARQ_DATA") or platformdirs.user_cache_dir("arq-env")).expanduser()
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:

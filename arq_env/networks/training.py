@@ -4,8 +4,10 @@ Resumable at every epoch.
 """
 
 import functools
+import io
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,9 +17,10 @@ import torch
 from torch.nn import functional
 
 from arq_env.datasets import Dataset
-from arq_env.datasets.augment import random_crop, to_float
-from arq_env.errors import ArqError
+from arq_env.datasets.augment import as_tensor, random_crop, to_float
+from arq_env.errors import ArqError, reason
 from arq_env.files import atomic_file
+from arq_env.networks.checkpoints import channels_last
 
 #: Learning rate of the logarithms of step sizes over that of weights.
 STEP_RATE = 5.0
@@ -29,6 +32,7 @@ class Recipe:
 
     :param cycles: how often the rate rises to its peak and falls to zero, each time over ``epochs`` / ``cycles`` epochs (warm
         restarts, Loshchilov and Hutter 2017)
+    :param precision: arithmetic of the training passes, "fp32" or "bf16"; weights stay float32
     :param optimizer: "sgd" (Nesterov) or "adamw", which needs fewer steps under few bits
     :param noises: noisy copies of each image in a step
     :param consistency: weight lambda of the copies' divergence from their mean prediction
@@ -56,17 +60,25 @@ class Recipe:
     start: str = ""
 
     def __post_init__(self):
-        for name in ("sigma", "epochs", "batch", "peak_rate", "noises"):
-            if not getattr(self, name) > 0:
-                raise ArqError(f"{name} is {getattr(self, name)}: give a positive number")
-        for name in ("seed", "weight_decay", "consistency", "entropy", "distillation", "images"):
-            if not getattr(self, name) >= 0:
-                raise ArqError(f"{name} is {getattr(self, name)}: it must not be negative")
+        for name, low in (("epochs", 1), ("batch", 1), ("noises", 1), ("cycles", 1), ("seed", 0), ("images", 0)):
+            if type(value := getattr(self, name)) is not int or value < low:
+                raise ArqError(f"{name} is {value!r}: give a whole number of at least {low}")
+        for name in ("sigma", "peak_rate", "weight_decay", "consistency", "entropy", "distillation", "momentum"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ArqError(f"{name} is {value!r}: give a number that is not negative")
+        for name in ("sigma", "peak_rate"):
+            if getattr(self, name) == 0:
+                raise ArqError(f"{name} is 0: give a positive number")
+        if self.momentum >= 1:
+            raise ArqError(f"momentum is {self.momentum}: give a number below 1")
         if self.optimizer not in ("sgd", "adamw"):
             raise ArqError(f"there is no optimizer {self.optimizer!r}: choose sgd or adamw")
+        if self.precision not in ("fp32", "bf16"):
+            raise ArqError(f"there is no precision {self.precision!r}: choose fp32 or bf16")
         if self.distillation > 1:
             raise ArqError(f"distillation is {self.distillation}: give a share from 0 to 1")
-        if self.cycles < 1 or self.epochs % self.cycles:
+        if self.epochs % self.cycles:
             raise ArqError(f"cycles is {self.cycles}: give a divisor of the {self.epochs} epochs")
 
 
@@ -92,6 +104,7 @@ def train(
     teacher: torch.nn.Module | None = None,
     device: str = "cpu",
     compile: bool = False,
+    what: dict | None = None,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:
@@ -105,16 +118,22 @@ def train(
     :param teacher: network whose predictions are distilled, in evaluation mode; needed where the recipe distils
     :param device: where images, noise and network live, as torch names it
     :param compile: run through ``torch.compile`` (needs a C++ compiler; pays after about two epochs)
+    :param what: whatever else decides the weights, as plain data for JSON: a state made with anything else is not resumed
     :param on_batch: called with the number of batches done since the last call, for a progress bar
     :param on_epoch: called with each epoch's record, which it may add to: epoch, loss, rate, images_per_second,
         held_out_accuracy (under noise)
     :return: the records of all epochs
-    :raises ArqError: when the folder holds another recipe's state
+    :raises ArqError: when the folder holds another training's state (recipe, data set, ``what``) or a damaged one, and when the
+        recipe distils and there is no teacher, or one in training mode
     """
+    if recipe.distillation and (teacher is None or teacher.training):
+        raise ArqError(
+            "the recipe distils and there is no teacher in evaluation mode: give teacher=, or a recipe with distillation=0"
+        )
     steps = batches_per_epoch(dataset, recipe)
-    images = torch.as_tensor(dataset.train.images, device=device)
-    labels = torch.as_tensor(dataset.train.labels, device=device)
-    network.to(device, memory_format=torch.channels_last)
+    images = as_tensor(dataset.train.images).to(device)
+    labels = as_tensor(dataset.train.labels).to(device)
+    channels_last(network.to(device))
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
     others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
     groups, rates = [{"params": others}], [recipe.peak_rate]
@@ -137,7 +156,8 @@ def train(
         )
 
     schedule = new_cycle()
-    history = _restore(folder, recipe, network, optimizer, schedule)
+    belongs_to = json.dumps({"recipe": asdict(recipe), "data set": dataset.digest} | (what or {}))
+    history = _restore(folder, belongs_to, network, optimizer, schedule)
     on_batch(len(history) * steps)
     # Fusing multiplications with additions speeds up the loops around the convolutions.
     compiled = functools.partial(torch.compile, options={"cpp.enable_floating_point_contract_flag": "fast"})
@@ -187,7 +207,7 @@ def train(
         }
         on_epoch(record)  # before the state is kept: an epoch cut off here is done again, and so is this call
         history.append(record)
-        _save(folder, recipe, network, optimizer, schedule, history)
+        _save(folder, belongs_to, network, optimizer, schedule, history)
     return history
 
 
@@ -251,33 +271,42 @@ def noisy_accuracy(network, images, labels, *, sigma: float, seed: int = 0, batc
     generator = torch.Generator().manual_seed(seed)
     right = 0
     for start in range(0, len(images), batch):
-        part = to_float(torch.as_tensor(images[start : start + batch]))
+        part = to_float(as_tensor(images[start : start + batch]))
         part.add_(torch.randn(part.shape, generator=generator), alpha=sigma)
-        right += int((network(part.to(device)).argmax(1).cpu() == torch.as_tensor(labels[start : start + batch])).sum())
+        right += int((network(part.to(device)).argmax(1).cpu() == as_tensor(labels[start : start + batch])).sum())
     network.train(was_training)
     return right / len(images)
 
 
-def _save(folder, recipe, network, optimizer, schedule, history) -> None:
+def _save(folder, belongs_to, network, optimizer, schedule, history) -> None:
     state = {
-        "recipe": json.dumps(asdict(recipe)),
+        "belongs_to": belongs_to,
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "history": history,
     }
+    data = io.BytesIO()  # on a full disk torch.save hides the system's error behind one of its own
+    torch.save(state, data)
     with atomic_file(Path(folder) / "training.pt") as file:
-        torch.save(state, file)
+        file.write(data.getbuffer())
 
 
-def _restore(folder, recipe, network, optimizer, schedule) -> list[dict]:
+def _restore(folder, belongs_to, network, optimizer, schedule) -> list[dict]:
     path = Path(folder) / "training.pt"
     if not path.exists():
         return []
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["recipe"] != json.dumps(asdict(recipe)):
-        raise ArqError(f"{path} was trained with another recipe ({state['recipe']}): choose another --output")
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    return state["history"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        there, here = json.loads(state["belongs_to"]), json.loads(belongs_to)
+        differing = [key for key in here | there if here.get(key) != there.get(key)]
+        if differing:
+            raise ArqError(f"{path} is of another training (it differs in {', '.join(differing)}): choose another --output")
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        return list(state["history"])
+    except ArqError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise ArqError(f"{path} cannot be gone on from ({reason(error)}): delete it, or choose another --output") from error

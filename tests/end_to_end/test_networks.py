@@ -6,7 +6,7 @@ import pytest
 
 from arq_env.quantization import load_quantized
 from arq_env.quantization.integer import integer_kernels
-from tests.end_to_end.scripts import ROOT, kill, lines, script
+from tests.end_to_end.scripts import ROOT, assert_one_line_error, kill, lines, script
 
 
 @pytest.mark.slow
@@ -42,7 +42,10 @@ def test_a_map_is_finalized(tmp_path):
     document = json.loads((first / "bit_widths.json").read_text())
     document["layers"][5]["weight_bits"] = 8
     (tmp_path / "edited.json").write_text(json.dumps(document))
-    assert script("finalize", tmp_path / "edited.json", *short, "--output", tmp_path / "second").returncode == 0
+    done = script("finalize", tmp_path / "edited.json", *short, "--output", tmp_path / "second")
+    assert done.returncode == 0 and "more than its budget" in done.stderr
+    assert json.loads((tmp_path / "second/bit_widths.json").read_text())["budget"] == document["budget"]
+    assert_one_line_error(script("finalize", tmp_path / "edited.json", *short, "--output", first), "differs in map")
     assert load_quantized(tmp_path / "second/network.safetensors")[1]["layers"][5]["weight_bits"] == 8
 
 
@@ -56,7 +59,7 @@ def test_consistency_starts_from_a_checkpoint(tmp_path):
     shipped = json.loads((ROOT / "arq_env/networks/weights/resnet20-signs-sigma0.5-gaussian.json").read_text())
     assert card["recipe"]["start"] == shipped["digest"]
     again = script("pretrain", *arguments, "--start", str(tmp_path / name / f"{name}.safetensors"))
-    assert again.returncode == 2 and "another recipe" in again.stderr.splitlines()[-1]
+    assert again.returncode == 2 and "differs in recipe" in again.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from arq_env import ArqError
 from arq_env.certification import Certificates
+from arq_env.evaluation import settings_of
+from arq_env.problem import load_mapped
 from tests.end_to_end.scripts import ROOT, assert_one_line_error, script
 
 
@@ -54,6 +57,45 @@ def test_malformed_map(called, tmp_path):
     (tmp_path / "bit_widths.json").write_text("{}")
     assert_one_line_error(called("certify_map", tmp_path), "bit-width map")
     assert_one_line_error(called("certify_map", tmp_path / "none.json"), "cannot be read")
+
+
+def test_a_map_of_ones_own_network(called, tmp_path):
+    """Scripts know shipped networks only; they say what to call."""
+    (tmp_path / "bit_widths.json").write_text('{"network": null, "dataset": null, "sigma": 0.5}')
+    for name in ("certify_map", "finalize"):
+        assert_one_line_error(called(name, tmp_path), "network of your own", "finetune", "compare_maps")
+
+
+def test_maps_that_do_not_fit_what_they_say(tmp_path):
+    """The map of a run, edited: one over its budget is used and said to be; headers of other things are refused."""
+    source, path = ROOT / "experiments/results/signs-sigma0.5-td3/bit_widths.json", tmp_path / "map.json"
+    document = json.loads(source.read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_mapped(source)
+    for layer in document["layers"]:
+        layer |= {"weight_bits": 8, "activation_bits": 8}
+    path.write_text("\ufeff" + json.dumps(document), encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"costs 6.2500% of FP32's bit operations, more than its budget of 1.5625%"):
+        _, bit_widths, read, _ = load_mapped(path)
+    assert set(bit_widths.values()) == {(8, 8)} and settings_of(read).images == document["provenance"]["certifier"]["images"]
+    for change in (
+        {"sigma": True},
+        {"sigma": float("nan")},
+        {"sigma": 10**400},
+        {"network": ["resnet20"]},
+        {"dataset": 3},
+        {"provenance": []},
+        {"provenance": {"training": {}}},
+        {"layers": None},
+    ):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(ArqError) as error:
+            load_mapped(path)
+        assert "\n" not in str(error.value)
+    for certifier in (3, [], {"images": "x"}, {"alpha": "x"}, {"pixels": 3}):
+        with pytest.raises(ArqError):
+            settings_of({"provenance": {"certifier": certifier}})
 
 
 @pytest.mark.parametrize(
