@@ -13,6 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, uniform
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
+from arq_env.layers import kept_macs
 from arq_env.sensitivity import Sensitivities
 
 Proposals = Generator[BitWidthMap, float, None]
@@ -85,7 +86,7 @@ def least_sensitive(
         activations = sensitivities.get((layer.name, "activation"), [0.0] * len(WIDTHS))
         losses[row] = [weights[w - MIN_BITS] + activation_weight * activations[a - MIN_BITS] for w, a in pairs]
         costs[row] = [layer.macs * w * a for w, a in pairs]
-    limit = (budget or env.default_budget).limit
+    limit = (budget or env.default_budget).limit - 1024 * kept_macs(env.layers)
     for layer in env.layers:
         if layer.tied_to in rows and layer.name not in rows:  # an end whose activation bits a free layer decides
             costs[rows[layer.tied_to]] += [layer.macs * env.end_bits * a for _, a in pairs]

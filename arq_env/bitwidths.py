@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from arq_env.errors import ArqError, reason
 from arq_env.files import read_json, write_json
-from arq_env.layers import Layer
+from arq_env.layers import Layer, kept_macs, total_macs
 
 MIN_BITS, MAX_BITS = 2, 8
 #: Bits of the first and the last layer by default; every method in the field leaves them at 8.
@@ -63,13 +63,14 @@ def named_uniform(name: str, layers: tuple[Layer, ...]) -> BitWidthMap | None:
 
 
 def bops(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> int:
-    """Bit operations: the sum of MACs x weight bits x activation bits."""
-    return sum(layer.macs * bit_widths[layer.name].weight * bit_widths[layer.name].activation for layer in layers)
+    """Bit operations: the sum of MACs x weight bits x activation bits, and 32 x 32 for what stays at full precision."""
+    chosen = sum(layer.macs * bit_widths[layer.name].weight * bit_widths[layer.name].activation for layer in layers)
+    return chosen + 1024 * kept_macs(layers)
 
 
 def bops_fraction(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> float:
     """Bit operations as a fraction of FP32's (32 x 32)."""
-    return bops(bit_widths, layers) / (1024 * sum(layer.macs for layer in layers))
+    return bops(bit_widths, layers) / (1024 * total_macs(layers))
 
 
 def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:

@@ -1,5 +1,6 @@
 """From a bit-width map to its evaluation: quantize, then certify on the reward split; remembered by map."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -144,14 +145,16 @@ class Evaluator:
     def reference(self) -> Evaluation:
         """The FP32 network under the same certifier; warns when it never saw noise.
 
-        :raises ArqError: when not a single radius is certified, so that there is nothing to compare with
+        :raises ArqError: when it is no better than chance under noise, so that there is nothing to compare with
         """
         warn_if_noise_is_new(self.problem)
         evaluation = self.measure(lambda: self.problem.network)
-        if evaluation.acr == 0:
+        images, chance = self.settings.images, 1 / len(self.problem.dataset.classes)
+        by_luck = chance + 3 * math.sqrt(chance * (1 - chance) / images)
+        if evaluation.acr == 0 or evaluation.clean_accuracy <= by_luck:
             raise ArqError(
-                f"the FP32 network certifies none of the {self.settings.images} reward images at sigma {self.problem.sigma}: "
-                "use a network trained under this noise, or more noise samples"
+                f"the FP32 network certifies {evaluation.clean_accuracy:.1%} of the {images} reward images at sigma "
+                f"{self.problem.sigma}, no more than luck might: use the right weights, trained under this noise"
             )
         return evaluation
 

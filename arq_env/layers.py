@@ -2,25 +2,118 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from arq_env.errors import ArqError
+from arq_env.operations import Operations, record_operations
+
+
+class Kind:
+    """A class of modules that can be quantized, with all that is particular to it; a subclass each, never an instance.
+
+    :cvar name: what a :class:`Layer` calls it
+    :cvar module: the class of modules
+    :cvar geometry: its attributes that ``run`` reads
+    :cvar transposed: whether weights are [in, out / groups, ...] in place of [out, in / groups, ...]
+    """
+
+    name = "conv"
+    module: type[nn.Module]
+    geometry = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+    transposed = False
+
+    @classmethod
+    def run(cls, layer, input, weight, bias, *more):
+        """The module's own operation with another weight and bias, in the geometry of ``layer``."""
+        return cls.module._conv_forward(layer, input, weight, bias)
+
+    @classmethod
+    def along_channels(cls, values, output):
+        """One value for each output channel, in a shape that broadcasts over the layer's ``output``."""
+        return values.view(-1, *[1] * (output.dim() - 2))
+
+    @classmethod
+    def macs(cls, input, output, weight) -> int:
+        """Multiply-accumulates of one call, whatever its leading dimensions are."""
+        return (input if cls.transposed else output).numel() * weight[0].numel()
+
+    @classmethod
+    def by_channel(cls, weight, groups: int):
+        """The weight as [out, everything else]: one row for each output channel, which has its own step."""
+        if cls.transposed:
+            weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.flatten(1)
+
+    @classmethod
+    def from_channels(cls, rows, shape, groups: int):
+        """The inverse of :meth:`by_channel`."""
+        if not cls.transposed:
+            return rows.view(shape)
+        inputs, outputs, *window = shape
+        return rows.view(groups, outputs, inputs // groups, *window).transpose(1, 2).reshape(shape)
+
+
+class Conv1d(Kind):
+    module = nn.Conv1d
+
+
+class Conv2d(Kind):
+    module = nn.Conv2d
+
+
+class Conv3d(Kind):
+    module = nn.Conv3d
+
+
+class ConvTranspose2d(Kind):
+    name, module, transposed = "transposed", nn.ConvTranspose2d, True
+    geometry = ("stride", "padding", "dilation", "groups", "output_padding", "kernel_size", "padding_mode")
+
+    @classmethod
+    def run(cls, layer, input, weight, bias, output_size=None):
+        added = layer.output_padding
+        if output_size is not None:
+            added = cls.module._output_padding(
+                layer, input, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation
+            )
+        return nn.functional.conv_transpose2d(input, weight, bias, layer.stride, layer.padding, added, layer.groups, layer.dilation)
+
+
+class Linear(Kind):
+    name, module, geometry = "linear", nn.Linear, ()
+
+    @classmethod
+    def run(cls, layer, input, weight, bias):
+        return nn.functional.linear(input, weight, bias)
+
+    @classmethod
+    def along_channels(cls, values, output):
+        return values
+
+
+KINDS: tuple[type[Kind], ...] = (Conv1d, Conv2d, Conv3d, ConvTranspose2d, Linear)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One Conv2d or Linear; sizes are those seen for one input image.
+    """One module that can be quantized; sizes are those seen for one input image.
 
-    :param name: fully qualified, as in ``named_modules()``
+    :param name: fully qualified, as in ``named_modules()``; the first of its names
+    :param kind: "conv", "transposed" or "linear"
     :param kernel: elements of the kernel window (9 for 3x3, 1 for Linear)
-    :param input_size: positions of the input feature map (h times w; 1 for Linear)
+    :param input_size: positions of the input feature map (h times w; 1 for Linear on a vector)
     :param macs: multiply-accumulates for one image, over all calls of the layer
     :param parameters: number of weights, without bias
     :param tied_to: the first layer that reads the same tensor as this one, so that both have the same activation bits;
         None for a layer that reads a tensor first
+    :param calls: how often one forward pass calls it
     """
 
     name: str
@@ -34,74 +127,243 @@ class Layer:
     macs: int
     parameters: int
     tied_to: str | None = None
+    calls: int = 1
 
 
-def find_layers(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Layer, ...]:
-    """List the Conv2d and Linear layers that a forward pass uses, in order of first use.
+@dataclass(frozen=True)
+class Kept:
+    """What stays at full precision: the operations of a module outside its layers, or a parameter.
+
+    :param name: of the module ("." for the network itself) or of the parameter
+    :param macs: multiply-accumulates for one image, at 32 x 32 bits; 0 for a parameter
+    """
+
+    name: str
+    macs: int
+
+
+class Layers(tuple[Layer, ...]):
+    """The layers to quantize, in order of first use; ``kept`` is what the network computes beside them."""
+
+    kept: tuple[Kept, ...] = ()
+
+    def __new__(cls, layers: Iterable[Layer], kept: Iterable[Kept] = ()):
+        new = super().__new__(cls, layers)
+        new.kept = tuple(kept)
+        return new
+
+
+def kept_macs(layers: tuple[Layer, ...]) -> int:
+    """Multiply-accumulates that stay at full precision, whatever the map."""
+    return sum(kept.macs for kept in getattr(layers, "kept", ()))
+
+
+def total_macs(layers: tuple[Layer, ...]) -> int:
+    """Multiply-accumulates of the whole network for one image."""
+    return sum(layer.macs for layer in layers) + kept_macs(layers)
+
+
+def kind_of(module: nn.Module) -> type[Kind] | None:
+    """The kind of a module; None for one that is not understood.
+
+    Only what computes exactly as torch's own class does has a kind: subclasses may not bring a forward of their own, and there may
+    be no hooks. Parametrized weights are read as what they come to.
+    """
+    for kind in KINDS:
+        if isinstance(module, kind.module):
+            own = [name for name in ("forward", "_conv_forward", "__call__") if hasattr(kind.module, name)]
+            same = all(getattr(type(module), name) is getattr(kind.module, name) and name not in vars(module) for name in own)
+            return kind if same and not _has_hooks(module) else None
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def find_layers(network: nn.Module, input_shape: tuple[int, ...], keep: Iterable[str] = ()) -> Layers:
+    """List the layers that a forward pass uses and that can be quantized, in order of first use.
+
+    Everything else that multiplies, and every other weight that takes part, stays at full precision and has to be named by
+    ``keep``. The multiply-accumulates are compared with torch's own counter.
 
     :param input_shape: of one image, as [c, h, w]
-    :raises ArqError: when there is none, naming the module types that are there; when two names share a module
+    :param keep: names of modules or parameters that stay at full precision, with ``*`` for any part of a name; a module's name
+        stands for what it computes itself, not for the layers in it
+    :raises ArqError: when there is no layer, naming the module types that are there; when something else holds weights or
+        multiplies and is not named; when two layers share a weight; when the network cannot be run
     """
-    calls: dict[str, tuple[torch.Tensor, int]] = {}  # the tensors are kept, so that each has an identity of its own
+    _check_network(network)
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    modules = {
+        name: module
+        for name, module in network.named_modules()
+        if kind_of(module) is not None and not any(fnmatchcase(name, pattern) for pattern in keep)
+    }
+    with _read_by(modules) as reads:
+        operations = run_once(network, input_shape)
+    if not reads:
+        kinds = Counter(type(m).__name__ for m in network.modules())
+        raise ArqError(
+            f"the network uses no layer that can be quantized ({', '.join(kind.module.__name__ for kind in KINDS)}); it is made of "
+            + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        )
+    kept = _kept(network, operations, reads, keep)
+    first_reader: dict[tuple, str] = {}
+    layers = []
+    for name, calls in reads.items():
+        layer = _describe(name, modules[name], calls)
+        if layer.macs != operations.macs.get(name, 0):
+            raise ArqError(
+                f"layer {name!r} seems to take {layer.macs} multiply-accumulates an image, and torch counts "
+                f"{operations.macs.get(name, 0)}: leave it at full precision with keep=[{name!r}]"
+            )
+        first = first_reader.setdefault(tuple(call.read for call in calls), name)
+        layers.append(layer if first == name else _tied(layer, first))
+    return Layers(layers, kept)
+
+
+def _tied(layer: Layer, first: str) -> Layer:
+    return Layer(**vars(layer) | {"tied_to": first})
+
+
+def _check_network(network) -> None:
+    if kind_of(network) is not None:
+        raise ArqError("the network is a single layer, which has no name: wrap it in nn.Sequential")
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ArqError(f"{name!r} has values of {tensor.dtype}: convert the network with .float() before quantizing it")
+    owners: dict[int, str] = {}
+    for name, module in network.named_modules():
+        if kind_of(module) is not None and not parametrize.is_parametrized(module):
+            first = owners.setdefault(id(module.weight), name)
+            if first != name:
+                raise ArqError(
+                    f"layers {first!r} and {name!r} are two modules with one weight: use one module twice, so that it has one step"
+                )
+
+
+def run_once(network: nn.Module, input_shape: tuple[int, ...]) -> Operations:
+    """What one image of noise makes the network compute.
+
+    :raises ArqError: when it fails
+    """
+    device = next(network.parameters(), torch.empty(0)).device
+    image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).mul_(0.25).add_(0.5).to(device)
+    was_training = network.training
+    try:
+        network.eval()
+        with torch.no_grad():
+            return record_operations(network, image)
+    except ArqError:
+        raise
+    except Exception as error:
+        raise ArqError(
+            f"the network cannot be run on an image {[*input_shape]} ({type(error).__name__}: {_first_line(error)}): it must "
+            "take one batch [n, c, h, w], and input_shape must be that of its images"
+        ) from error
+    finally:
+        network.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer: ``read`` is where and what its input was, equal for two that read the same values."""
+
+    read: tuple
+    tensor: torch.Tensor  # kept, so that no later tensor gets its place in memory
+    macs: int
+
+
+@contextmanager
+def _read_by(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[_Call]]]:
+    """Note each call of these modules while the block runs: name to calls, in order of first use."""
+    calls: dict[str, list[_Call]] = {}
 
     def record(name):
-        def hook(module, inputs, output):
-            read, macs = calls.get(name, (inputs[0], 0))
-            calls[name] = (read, macs + _macs(module, output))
+        def hook(module, args, kwargs, output):
+            tensor = args[0] if args else kwargs["input"]
+            # Two views of one memory are the same tensor; after a change in place they are not.
+            read = tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version
+            calls.setdefault(name, []).append(_Call(read, tensor, kind_of_class(module).macs(tensor, output, module.weight)))
 
         return hook
 
-    kinds = (nn.Conv2d, nn.Linear)
-    modules = {name: m for name, m in network.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
-    if isinstance(network, kinds):
-        raise ArqError("the network is a single layer, which has no name: wrap it in nn.Sequential")
-    first_names: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        if first_names.setdefault(module, name) != name:
-            raise ArqError(f"layers {first_names[module]!r} and {name!r} are one module: give each its own, so that each has bits")
-    hooks = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    was_training = network.training
+    hooks = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        parameter = next(network.parameters(), torch.empty(0))
-        with torch.inference_mode():
-            network.eval()(torch.zeros(1, *input_shape, device=parameter.device))
+        yield calls
     finally:
-        network.train(was_training)
         for hook in hooks:
             hook.remove()
-    if not calls:
-        kinds = Counter(type(m).__name__ for m in network.modules())
+
+
+def kind_of_class(module: nn.Module) -> type[Kind]:
+    """The kind by class alone, of a module that :func:`kind_of` has accepted before hooks were set."""
+    return next(kind for kind in KINDS if isinstance(module, kind.module))
+
+
+def _kept(network, operations: Operations, found, keep) -> list[Kept]:
+    """What is computed outside the layers found.
+
+    :raises ArqError: where it is not named by ``keep``, or ``keep`` names what is not there
+    """
+    everything = sum(operations.macs.values())
+    rest = [Kept(name or ".", macs) for name, macs in operations.macs.items() if macs and name not in found]
+    rest_names = {kept.name for kept in rest}
+    owners = {tensor: name for name, tensor in network.named_parameters() if tensor in operations.parameters}
+    for tensor, name in owners.items():
+        inside = any(name.startswith(f"{layer}.") for layer in found)
+        told = any(name.startswith(f"{kept.name}.") for kept in rest) or ("." in rest_names and "." not in name)
+        # Norms and biases have one dimension, and scales of channels only one that is longer than 1.
+        if not inside and not told and sum(size > 1 for size in tensor.shape) >= 2:
+            rest.append(Kept(name, 0))
+    used = {pattern for pattern in keep for kept in rest if fnmatchcase(kept.name, pattern)}
+    for pattern in keep:
+        if pattern not in used:
+            raise ArqError(f"keep names {pattern!r}, which multiplies nothing and holds no weight in use: leave it out")
+    modules = dict(network.named_modules())
+    unnamed = [kept for kept in rest if not any(fnmatchcase(kept.name, pattern) for pattern in keep)]
+    if unnamed:
+        told = [f"{kept.name!r} ({_why(modules.get('' if kept.name == '.' else kept.name), kept, everything)})" for kept in unnamed]
+        shown = ", ".join(told[:8]) + (f" and {len(told) - 8} more" if len(told) > 8 else "")
+        share = sum(kept.macs for kept in unnamed) / max(everything, 1)
         raise ArqError(
-            "the network uses no Conv2d and no Linear layer, so there is nothing to quantize; it is made of "
-            + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            f"these parts would stay at full precision, {share:.1%} of all multiply-accumulates: {shown}; use modules that can be "
+            "quantized there, or allow it by naming them in keep"
         )
-    readers: dict[int, str] = {}
-    for name, (read, _) in calls.items():
-        readers.setdefault(id(read), name)
-    return tuple(
-        _describe(name, modules[name], read.shape, macs, first if (first := readers[id(read)]) != name else None)
-        for name, (read, macs) in calls.items()
-    )
+    return rest
 
 
-def _macs(module, output) -> int:
-    per_output = module.weight[0].numel()
-    positions = output.numel() // output.shape[0]
-    return positions * per_output
+def _why(module, kept: Kept, everything: int) -> str:
+    """What a part is, and why it is not quantized."""
+    if module is None:
+        return "a parameter that no layer owns"
+    reason = f"{type(module).__name__}, {kept.macs / everything:.1%}"
+    if not isinstance(module, tuple(kind.module for kind in KINDS)):
+        return reason
+    if _has_hooks(module):  # older ways of torch.nn.utils to change a weight are hooks, too
+        return reason + ", has hooks: remove them, or fold them with remove_weight_norm, remove_spectral_norm or prune.remove"
+    return reason + ", has a forward of its own"
 
 
-def _describe(name, module, shape, macs, tied_to) -> Layer:
-    conv = isinstance(module, nn.Conv2d)
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
+def _describe(name: str, module: nn.Module, calls: list[_Call]) -> Layer:
+    kind, read = kind_of_class(module), calls[0].tensor
+    linear = kind is Linear
+    channels = module.in_features if linear else module.in_channels
     return Layer(
         name=name,
-        kind="conv" if conv else "linear",
-        in_channels=module.in_channels if conv else module.in_features,
-        out_channels=module.out_channels if conv else module.out_features,
-        kernel=math.prod(module.kernel_size) if conv else 1,
-        stride=max(module.stride) if conv else 1,
-        depthwise=conv and module.groups == module.in_channels > 1,
-        input_size=math.prod(shape[2:]) if conv else math.prod(shape[1:-1]),
-        macs=macs,
+        kind=kind.name,
+        in_channels=channels,
+        out_channels=module.out_features if linear else module.out_channels,
+        kernel=1 if linear else math.prod(module.kernel_size),
+        stride=1 if linear else max(module.stride),
+        depthwise=not linear and module.groups == module.in_channels > 1,
+        input_size=read.numel() // channels,
+        macs=sum(call.macs for call in calls),
         parameters=module.weight.numel(),
-        tied_to=tied_to,
+        calls=len(calls),
     )

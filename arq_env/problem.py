@@ -16,8 +16,9 @@ from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
 from arq_env.errors import ArqError, reason
 from arq_env.files import read_json
-from arq_env.layers import Layer, find_layers
+from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
+from arq_env.quantization.convert import check_conversion
 
 CALIBRATION_IMAGES = 1_280
 
@@ -30,6 +31,7 @@ class Problem:
     :param load: returns the data set; called at the first use of an image, so that building a problem downloads nothing
     :param sigma: standard deviation of the smoothing noise, in units of pixels in [0, 1]
     :param input_shape: of one image, [c, h, w]
+    :param keep: what may stay at full precision, as for :func:`arq_env.layers.find_layers`
     :param card: what the network is and where it comes from, for the files that results are written to
     """
 
@@ -37,12 +39,13 @@ class Problem:
     load: Callable[[], Dataset]
     sigma: float
     input_shape: tuple[int, int, int] = (3, 32, 32)
+    keep: tuple[str, ...] = ()
     card: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if not (np.isfinite(self.sigma) and self.sigma > 0):
             raise ArqError(f"sigma is {self.sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
-        if self.network.training:
+        if any(module.training for module in self.network.modules()):
             raise ArqError(
                 "the network is in training mode, in which its output depends on the rest of the batch: call eval() first"
             )
@@ -56,9 +59,16 @@ class Problem:
         return digest.hexdigest()
 
     @cached_property
-    def layers(self) -> tuple[Layer, ...]:
-        """The layers to quantize, in order of use."""
-        return find_layers(self.network, self.input_shape)
+    def layers(self) -> Layers:
+        """The layers to quantize, in order of use.
+
+        :raises ArqError: when the network is not understood, see :func:`arq_env.layers.find_layers` and
+            :func:`arq_env.quantization.convert.check_conversion`
+        """
+        layers = find_layers(self.network, self.input_shape, self.keep)
+        noise = torch.rand(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
+        check_conversion(self.network, layers, noise.to(self.device))
+        return layers
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -89,7 +99,7 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where the network lives."""
-        return next(self.network.parameters()).device
+        return next(self.network.parameters(), torch.empty(0)).device
 
     def calibration_images(self, seed: int = 0) -> torch.Tensor:
         """1,280 training images, cropped and flipped as in training, with noise: float32 [n, c, h, w] on the device.

@@ -42,12 +42,10 @@ def test_the_same_function(bits):
     quantized = Quantizer(network, layers, images).quantize(uniform(layers, bits, bits, bits))
     integer = integer_network(quantized)
     assert sum(isinstance(module, IntegerConv2d) for module in integer.modules()) == 3
-    exact = copy.deepcopy(quantized).double()
+    assert all(module.layer.largest_sum() < 2**24 for module in integer.modules() if isinstance(module, IntegerConv2d))
     with torch.inference_mode():
-        expected = exact(images.double())
         for same in (integer, copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))):
-            close = torch.isclose(same(images).double(), expected, atol=1e-5).all(1)
-            assert close.float().mean() > 0.9  # where a value falls on a rounding boundary to within float32, codes differ
+            assert torch.equal(same(images), quantized(images))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -75,7 +73,7 @@ def test_certificates_of_a_finished_network(problem, tmp_path):
         certify(net, images, labels, sigma=0.5, n0=20, n=200, log=tmp_path / name)
         for net, name in ((network, "plain.tsv"), (integer_network(network), "integer.tsv"))
     )
-    assert abs(plain.acr - integer.acr) < 0.005 and (plain.prediction == integer.prediction).mean() > 0.95
+    assert (plain.radius == integer.radius).all() and (plain.prediction == integer.prediction).all()
 
 
 def test_what_integers_cannot_do(problem, monkeypatch):

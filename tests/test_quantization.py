@@ -10,11 +10,8 @@ from arq_env.layers import find_layers
 from arq_env.quantization import Quantizer
 from arq_env.quantization.calibrate import reestimate_batch_norm
 from arq_env.quantization.modules import (
-    LearnableConv2d,
     LearnableLayer,
-    LearnableLinear,
-    QuantizedConv2d,
-    QuantizedLinear,
+    QuantizedLayer,
     learned_rounding,
 )
 from tests.test_layers_and_budget import Projected
@@ -31,11 +28,11 @@ def test_layers_are_converted_by_name(quantizer, problem):
     network = quantizer.quantize(bit_widths)
     for layer in problem.layers:
         module = network.get_submodule(layer.name)
-        assert isinstance(module, QuantizedConv2d if layer.kind == "conv" else QuantizedLinear)
+        assert isinstance(module, QuantizedLayer)
         assert (module.weight_bits, module.activation_bits) == bit_widths[layer.name]
         for channel in module.weight.flatten(1):
             assert len(channel.unique()) <= (4 if module.weight_bits == 2 else 2**module.weight_bits - 1)
-    assert not network.training and not any(isinstance(m, QuantizedConv2d) for m in problem.network.modules())
+    assert not network.training and not any(isinstance(m, QuantizedLayer) for m in problem.network.modules())
 
 
 def test_forward_is_fake_quantization(quantizer, problem):
@@ -44,9 +41,9 @@ def test_forward_is_fake_quantization(quantizer, problem):
     middle = network.middle
     x = torch.rand(2, 8, 8, 8) * 3
     step = middle.activation_step
-    rounded = (x / step).clamp(middle.low, middle.high).round() * step
+    rounded = (x / step).clamp(middle.lowest, middle.highest).round() * step
     torch.testing.assert_close(middle(x), nn.functional.conv2d(rounded, middle.weight, middle.bias, padding=1))
-    assert len(((x / step).clamp(middle.low, middle.high).round()).unique()) <= 16
+    assert len(((x / step).clamp(middle.lowest, middle.highest).round()).unique()) <= 16
 
 
 def test_eight_bits_change_little_and_two_bits_much(quantizer, problem):
@@ -100,10 +97,6 @@ def test_any_module_and_one_with_nothing_to_quantize():
     torch.testing.assert_close(quantized(images), network(images), rtol=0.1, atol=0.02)
     with pytest.raises(ArqError, match="single layer"):
         find_layers(nn.Conv2d(3, 4, 3), SHAPE)
-    network[4] = nn.Linear(5, 5)
-    network.append(network[4])
-    with pytest.raises(ArqError, match="'4' and '5' are one module"):
-        find_layers(network, SHAPE)
     with pytest.raises(ArqError, match="2 ReLU"):
         find_layers(nn.Sequential(nn.ReLU(), nn.ReLU()), SHAPE)
 
@@ -112,7 +105,7 @@ def test_learnable_network_computes_what_the_quantized_one_does(quantizer, probl
     bit_widths = uniform(problem.layers, 3, 4)
     images = problem.calibration_images(seed=1)[:64]
     learnable = quantizer.learnable(bit_widths)
-    assert isinstance(learnable.middle, LearnableConv2d) and isinstance(learnable.last, LearnableLinear)
+    assert isinstance(learnable.middle, LearnableLayer) and isinstance(learnable.last, LearnableLayer)
     with torch.inference_mode():
         torch.testing.assert_close(learnable(images), quantizer.quantize(bit_widths)(images), atol=1e-4, rtol=1e-4)
     with torch.no_grad():  # as if it had been trained
@@ -122,7 +115,7 @@ def test_learnable_network_computes_what_the_quantized_one_does(quantizer, probl
             module.activation_log_step -= 0.1
         reestimate_batch_norm(learnable, quantizer.images)
     frozen = quantizer.freeze(learnable)
-    assert isinstance(frozen.middle, QuantizedConv2d) and (frozen.middle.weight_bits, frozen.middle.activation_bits) == (3, 4)
+    assert isinstance(frozen.middle, QuantizedLayer) and (frozen.middle.weight_bits, frozen.middle.activation_bits) == (3, 4)
     assert not frozen.training and not any(isinstance(m, LearnableLayer) for m in frozen.modules())
     with torch.inference_mode():
         torch.testing.assert_close(frozen(images), learnable(images), atol=1e-4, rtol=1e-4)
@@ -161,7 +154,7 @@ def test_a_step_moves_in_proportion_to_its_size(quantizer, problem, bits):
     learnable = quantizer.learnable(uniform(problem.layers, bits, bits))
     before = learnable.middle.weight_step.detach(), learnable.middle.activation_step.detach()
     optimizer = torch.optim.Adam(learnable.parameters(), 1e-3)
-    learnable(problem.calibration_images()[:64]).square().sum().backward()
+    (1e3 * learnable(problem.calibration_images()[:64]).square().sum()).backward()  # above Adam's epsilon in each channel
     optimizer.step()
     for old, new in zip(before, (learnable.middle.weight_step, learnable.middle.activation_step), strict=True):
         torch.testing.assert_close((new / old).log().abs(), torch.full_like(old, 1e-3), rtol=0.01, atol=0)
@@ -180,8 +173,8 @@ def test_tied_layers_share_one_step():
 def test_half_precision_is_an_error_that_names_the_layer(problem, quantizer):
     half = copy.deepcopy(problem.network)
     half.middle.half()
-    with pytest.raises(ArqError, match="'middle' has weights of torch.float16"):
-        Quantizer(half, problem.layers, problem.calibration_images())
+    with pytest.raises(ArqError, match="'middle.weight' has values of torch.float16"):
+        find_layers(half, SHAPE)
     quantized = quantizer.quantize(uniform(problem.layers, 4, 4))
     with pytest.raises(ArqError, match="'first' was given torch.float16"):
         quantized(torch.zeros(1, *SHAPE, dtype=torch.float16))

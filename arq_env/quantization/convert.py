@@ -1,6 +1,7 @@
 """From a bit-width map to a quantized network."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,8 +10,12 @@ from arq_env.bitwidths import BitWidthMap, check_map
 from arq_env.errors import ArqError
 from arq_env.layers import Layer
 from arq_env.quantization.calibrate import reestimate_batch_norm, sample_activations
-from arq_env.quantization.modules import LearnableLayer, quantized_like, replace_module
-from arq_env.quantization.quantizers import activation_step, is_signed, weight_steps
+from arq_env.quantization.exact import exact_norms
+from arq_env.quantization.modules import LearnableLayer, QuantizedLayer, UnroundedLayer, replace_module
+from arq_env.quantization.quantizers import ActivationLevels, activation_levels, weight_steps
+
+#: By how much outputs may differ with rounding left out, as a part of the largest: kernels for other layouts round differently.
+ROUNDING = 1e-3
 
 
 class Quantizer:
@@ -19,71 +24,165 @@ class Quantizer:
     :param network: in evaluation mode; it is not changed
     :param layers: from :func:`arq_env.layers.find_layers`
     :param calibration_images: float [n, c, h, w], noisy and augmented as in training, on the network's device
-    :raises ArqError: naming the layer, when its weights are not float32
+    :raises ArqError: naming the layer, as :func:`arq_env.quantization.calibrate.sample_activations`
     """
 
     def __init__(self, network: nn.Module, layers: tuple[Layer, ...], calibration_images: torch.Tensor):
-        for layer in layers:
-            if (kind := network.get_submodule(layer.name).weight.dtype) != torch.float32:
-                raise ArqError(
-                    f"layer {layer.name!r} has weights of {kind}: convert the network with .float() before quantizing it"
-                )
         self.network, self.layers, self.images = network, layers, calibration_images
-        self._activations = sample_activations(network, [layer.name for layer in layers], calibration_images)
-        self._signed = {name: is_signed(values) for name, values in self._activations.items()}
+        self._activations = sample_activations(network, layers, calibration_images)
         self._tied_to = {layer.name: layer.tied_to or layer.name for layer in layers}
-        self._weight_steps, self._activation_steps = {}, {}
+        self._weight_steps: dict[tuple[str, int], torch.Tensor] = {}
+        self._activation_levels: dict[tuple[str, int], ActivationLevels] = {}
 
     def quantize(self, bit_widths: BitWidthMap) -> nn.Module:
         """Step sizes by mean squared error, then BatchNorm's statistics anew: a quantized copy, in evaluation mode.
 
         :raises ArqError: naming the layer, when the map is not one for this network
         """
-        return self._converted(bit_widths, learnable=False)
+        quantized = exact_norms(self._converted(bit_widths, lambda module, layer: QuantizedLayer(module, layer.name)))
+        reestimate_batch_norm(quantized, self.images)
+        return quantized
 
     def learnable(self, bit_widths: BitWidthMap) -> nn.Module:
         """The same network in the form that fine-tuning trains: float weights and step sizes are parameters.
 
         :raises ArqError: as :meth:`quantize`
         """
-        return self._converted(bit_widths, learnable=True)
+        network = self._converted(bit_widths, LearnableLayer)
+        reestimate_batch_norm(network, self.images)
+        for name, first in self._tied_to.items():
+            if name != first:  # one step for the one tensor that both read
+                network.get_submodule(name).activation_log_step = network.get_submodule(first).activation_log_step
+        return network
 
     def freeze(self, network: nn.Module) -> nn.Module:
         """Turn a fine-tuned network into a quantized copy: in evaluation mode, BatchNorm's statistics anew."""
-        quantized = copy.deepcopy(network)
+        quantized = copy_network(network)
         for layer in self.layers:
             if isinstance(module := quantized.get_submodule(layer.name), LearnableLayer):
                 replace_module(quantized, layer.name, module.frozen())
-        reestimate_batch_norm(quantized.eval(), self.images)
+        reestimate_batch_norm(exact_norms(quantized.eval()), self.images)
         return quantized
 
-    def _converted(self, bit_widths, *, learnable):
+    def _converted(self, bit_widths, make: Callable[[nn.Module, Layer], QuantizedLayer | LearnableLayer]) -> nn.Module:
         check_map(bit_widths, self.layers)
-        quantized = copy.deepcopy(self.network)
-        for name, bits in bit_widths.items():
-            original = quantized.get_submodule(name)
-            module = quantized_like(original, name, learnable=learnable)
-            module.set_bits(
-                original.weight.detach(),
-                self._weight_step(name, bits.weight),
-                bits.weight,
-                self._activation_step(name, bits.activation),
-                bits.activation,
-                signed=self._signed[name],
-            )
-            if learnable and self._tied_to[name] != name:  # one step for the one tensor that both read
-                module.activation_log_step = quantized.get_submodule(self._tied_to[name]).activation_log_step
-            replace_module(quantized, name, module)
-        reestimate_batch_norm(quantized, self.images)
-        return quantized
 
-    def _weight_step(self, name, bits):
+        def convert(module, layer):
+            new, bits = make(module, layer), bit_widths[layer.name]
+            step, lowest = self._levels(layer.name, bits.activation)
+            steps = self._steps(layer.name, bits.weight, new)
+            new.set_bits(module.weight.detach(), steps, bits.weight, step, bits.activation, lowest=lowest)
+            return new
+
+        return converted(self.network, self.layers, convert)
+
+    def _steps(self, name, bits, layer) -> torch.Tensor:
         if (name, bits) not in self._weight_steps:
-            self._weight_steps[name, bits] = weight_steps(self.network.get_submodule(name).weight, bits)
+            rows = layer.rows(self.network.get_submodule(name).weight)
+            self._weight_steps[name, bits] = weight_steps(rows, bits)
         return self._weight_steps[name, bits]
 
-    def _activation_step(self, name, bits):
+    def _levels(self, name, bits) -> ActivationLevels:
         name = self._tied_to[name]
-        if (name, bits) not in self._activation_steps:
-            self._activation_steps[name, bits] = activation_step(self._activations[name], bits)
-        return self._activation_steps[name, bits]
+        if (name, bits) not in self._activation_levels:
+            values, weights = self._activations[name]
+            self._activation_levels[name, bits] = activation_levels(values, bits, weights)
+        return self._activation_levels[name, bits]
+
+
+def converted(network: nn.Module, layers: tuple[Layer, ...], convert: Callable[[nn.Module, Layer], nn.Module]) -> nn.Module:
+    """A copy of the network with ``convert(module, layer)`` in the place of each layer."""
+    new = copy_network(network)
+    for layer in layers:
+        replace_module(new, layer.name, convert(new.get_submodule(layer.name), layer))
+    for module in new.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fused path in torch reads the weights of its layers past their forward; this is one of the conditions for it.
+            module.activation_relu_or_gelu = 0
+    return new
+
+
+def copy_network(network: nn.Module) -> nn.Module:
+    """A deep copy, also where modules hold features of their last forward pass, which torch refuses to copy."""
+    kept = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(network, {id(value): value.detach() for value in kept if not value.is_leaf})
+
+
+@torch.inference_mode()
+def check_conversion(network: nn.Module, layers: tuple[Layer, ...], images: torch.Tensor) -> None:
+    """Make sure that a network can be judged, and that its converted form computes the same when nothing is rounded.
+
+    :param images: float [2 or more, c, h, w]
+    :raises ArqError: saying what is wrong: outputs that are no logits, that are random or depend on the rest of the batch, and,
+        naming the first layer, a conversion that changes what is computed
+    """
+    expected, inputs = _run(network, layers, images, fused=False)
+    if not expected.isfinite().all():
+        raise ArqError("the network gives NaN or infinite logits")
+    again, _ = _run(network, layers, images)
+    if not _close(again, expected):
+        raise ArqError("the network gives the same images different outputs each time: make it deterministic in evaluation mode")
+    if not _close(_run(network, layers, images[:1])[0], expected[:1]):
+        raise ArqError("what the network says of an image depends on the images beside it: a certificate would be of the batch")
+
+    def unrounded(module, layer):
+        new = UnroundedLayer(module, layer.name)
+        new.set_weight(module.weight)
+        return new
+
+    got, seen = _run(converted(network, layers, unrounded), layers, images)
+    for layer in layers:
+        reads, was = seen.get(layer.name, []), inputs[layer.name]
+        if len(reads) != len(was) or not all(map(_close, reads, was)):
+            raise ArqError(
+                f"at layer {layer.name!r} the converted network differs although nothing is rounded, so the network uses layers "
+                "in a way that is not understood: leave those before it at full precision (keep), or call them as modules"
+            )
+    if not _close(got, expected):
+        raise ArqError("the converted network gives other outputs although nothing is rounded: its last layers are not understood")
+    with torch.random.fork_rng():
+        try:
+            _run(copy_network(network).train(), (), images)
+        except Exception as error:
+            raise ArqError(
+                f"in training mode, which fine-tuning needs, the network does not work ({error}): switch off what differs "
+                "there, such as auxiliary outputs"
+            ) from error
+
+
+def _run(network, layers, images, *, fused: bool = True) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+    """Outputs, and what each layer read at each call.
+
+    :param fused: whether torch may run attention past the modules' own forwards, as it does by default
+    """
+    allowed = torch.backends.mha.get_fastpath_enabled()
+    reads: dict[str, list[torch.Tensor]] = {}
+
+    def note(name, forward):
+        def noting(*args, **kwargs):
+            reads.setdefault(name, []).append((args[0] if args else kwargs["input"]).clone())
+            return forward(*args, **kwargs)
+
+        return noting
+
+    modules = [network.get_submodule(layer.name) for layer in layers]
+    try:
+        for layer, module in zip(layers, modules, strict=True):
+            module.forward = note(layer.name, module.forward)  # a hook would switch off torch's fused paths
+        torch.backends.mha.set_fastpath_enabled(fused and allowed)
+        output = network(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(allowed)
+        for module in modules:
+            vars(module).pop("forward", None)
+    if not isinstance(output, torch.Tensor) or output.ndim != 2 or len(output) != len(images) or output.shape[1] < 2:
+        what = f"a tensor {[*output.shape]}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise ArqError(
+            f"the network gives {what} for {len(images)} images: wrap it in a module that returns logits [images, classes] of two "
+            "classes or more"
+        )
+    return output, reads
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= ROUNDING * b.abs().max())

@@ -10,10 +10,12 @@ from torch import nn
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap
 from arq_env.errors import ArqError, reason
-from arq_env.layers import Layer
+from arq_env.layers import Layer, kind_of
 from arq_env.networks.checkpoints import build_network, channels_last, give_state, read_weights, save_checkpoint
+from arq_env.quantization.exact import exact_norms
 from arq_env.quantization.integer import weight_codes
-from arq_env.quantization.modules import QuantizedLayer, quantized_like, replace_module
+from arq_env.quantization.modules import QuantizedLayer, replace_module
+from arq_env.quantization.quantizers import weight_range
 
 #: Largest distance of a weight from its level, as a share of its channel's largest: some roundings of float32.
 ROUNDING = 1e-6
@@ -53,7 +55,7 @@ def save_quantized(network: nn.Module, path: Path, card: dict) -> dict:
             "name": module.name,
             "weight_bits": module.weight_bits,
             "activation_bits": module.activation_bits,
-            "signed_activations": module.signed,
+            "lowest_activation": module.lowest,
         }
         for module in network.modules()
         if isinstance(module, QuantizedLayer)
@@ -82,18 +84,21 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
             if name in seen:
                 raise ArqError(f"{path} has layer {name!r} twice on its card: restore it or make it again")
             seen.add(name)
-            module = network.get_submodule(name)
-            if not isinstance(module, nn.Conv2d | nn.Linear):
-                raise ValueError(f"{name!r} is a {type(module).__name__} in the network")
-            if (fault := _fault(layer, module, state[f"{name}.weight"], state[f"{name}.activation_step"])) is not None:
+            original = network.get_submodule(name)
+            if kind_of(original) is None:
+                raise ArqError(
+                    f"{path} cannot be loaded: {name!r} is a {type(original).__name__} in the network, which is none to quantize"
+                )
+            module = QuantizedLayer(original, name)
+            if (fault := _fault(layer, state, original.weight.shape, module)) is not None:
                 raise ArqError(f"{path} cannot be loaded: layer {name!r} has {fault}; restore it or make it again")
-            module = quantized_like(module, name)
-            module.set_levels(
-                state[f"{name}.weight"],
+            module.set_codes(
+                state[f"{name}.codes"],
+                state[f"{name}.weight_step"],
                 layer["weight_bits"],
                 state[f"{name}.activation_step"],
                 layer["activation_bits"],
-                signed=layer["signed_activations"],
+                lowest=_lowest(layer),
             )
             replace_module(network, name, module)
         give_state(network, state)
@@ -101,7 +106,7 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
         raise
     except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, IndexError, SafetensorError) as error:
         raise ArqError(f"{path} cannot be loaded ({reason(error)}): give a .safetensors file of a quantized network") from error
-    return channels_last(network.eval()), card
+    return channels_last(exact_norms(network.eval())), card
 
 
 def _copy(base: nn.Module) -> nn.Module:
@@ -111,32 +116,51 @@ def _copy(base: nn.Module) -> nn.Module:
         raise ArqError(f"the base network cannot be copied ({reason(error)}): give one fresh from its constructor") from error
 
 
-def _fault(layer: dict, module: nn.Module, weight: torch.Tensor, step: torch.Tensor) -> str | None:
+def _lowest(layer: dict) -> int:
+    """The least integer that a layer's input is rounded to; cards of the first version say only whether it is negative."""
+    if "lowest_activation" in layer:
+        return layer["lowest_activation"]
+    return 1 - 2 ** (layer["activation_bits"] - 1) if layer["signed_activations"] else 0
+
+
+def _fault(layer: dict, state: dict, shape: torch.Size, module: QuantizedLayer) -> str | None:
     """What is wrong with a layer of a file, as its card and its tensors say; None where all is well.
 
-    :param module: what the network has there
+    Weights of the first version, which are integers times steps, are taken apart in ``state``.
+
+    :param shape: of the weight that the network has there
     """
     for key in ("weight_bits", "activation_bits"):
         if type(layer[key]) is not int or not MIN_BITS <= layer[key] <= MAX_BITS:
             return f"{key} {layer[key]!r}, which is no whole number from {MIN_BITS} to {MAX_BITS}"
-    if type(layer["signed_activations"]) is not bool:
+    if type(layer.get("signed_activations", False)) is not bool:
         return f"signed_activations {layer['signed_activations']!r}, which is neither true nor false"
-    if weight.dtype != torch.float32 or step.dtype != torch.float32:
-        return f"a weight of {weight.dtype} and a step of {step.dtype}, which must be float32"
-    if weight.shape != module.weight.shape:
-        return f"a weight of shape {tuple(weight.shape)}, where the network has {tuple(module.weight.shape)}"
-    if step.dim() or not (step.isfinite() and step > 0):
-        return f"the step {step.tolist()!r}, which is no positive number"
-    if not weight.isfinite().all():
-        return "weights that are NaN or infinite"
-    try:
-        codes, steps = weight_codes(weight, layer["weight_bits"])
-    except ArqError as error:
-        return f"other weights than its card says: {error}"
-    rows, codes = weight.flatten(1), codes.flatten(1)
-    off = (codes * steps[:, None] - rows).abs().amax(1) > ROUNDING * rows.abs().amax(1)
-    if layer["weight_bits"] == MIN_BITS:  # four levels, the odd ones; a channel of nothing but zeros is on none and does no harm
-        off |= ((codes % 2 == 0) & (rows != 0).any(1, keepdim=True)).any(1)
+    if type(lowest := _lowest(layer)) is not int or not -(2 ** layer["activation_bits"]) < lowest <= 0:
+        return f"lowest_activation {lowest!r}, which {layer['activation_bits']} bits do not have"
+    name, bits = layer["name"], layer["weight_bits"]
+    if f"{name}.codes" not in state:
+        weight = state.pop(f"{name}.weight")
+        if weight.dtype != torch.float32 or not weight.isfinite().all():
+            return "weights that are not float32, or NaN or infinite"
+        try:
+            codes, steps = weight_codes(weight, bits)
+        except ArqError as error:
+            return f"other weights than its card says: {error}"
+        rows = weight.flatten(1)
+        off = (codes.flatten(1) * steps[:, None] - rows).abs().amax(1) > ROUNDING * rows.abs().amax(1)
+        if off.any():
+            return f"other weights than its card says: channel {int(off.nonzero()[0])} has some between its levels"
+        state[f"{name}.codes"], state[f"{name}.weight_step"] = codes, steps
+    codes, steps, step = (state[f"{name}.{key}"] for key in ("codes", "weight_step", "activation_step"))
+    if codes.dtype != torch.int8 or codes.shape != shape:
+        return f"weights of {codes.dtype} and shape {tuple(codes.shape)}, where they are integers (int8) of shape {tuple(shape)}"
+    rows = module.rows(codes)
+    for what, values, wanted in (("weight_step", steps, rows.shape[:1]), ("activation_step", step, ())):
+        if values.dtype != torch.float32 or values.shape != wanted or not (values.isfinite() & (values > 0)).all():
+            return f"no {what} of shape {tuple(wanted)} in float32, finite and positive"
+    low, high, distance = weight_range(bits)
+    off = (rows < low) | (rows > high) | ((rows - low) % distance != 0)
+    off &= (rows != 0).any(1, keepdim=True)  # a channel of nothing but zeros is on no level of 2 bits, and does no harm
     if off.any():
-        return f"other weights than its card says: channel {int(off.nonzero()[0])} has some between its levels"
+        return f"other weights than its card says: channel {int(off.any(1).nonzero()[0])} has some that {bits} bits do not have"
     return None

@@ -6,15 +6,16 @@ import torch
 from torch import nn
 
 from arq_env.errors import ArqError
-from arq_env.quantization.modules import QuantizedConv2d, replace_module
-from arq_env.quantization.quantizers import to_integers, weight_range
+from arq_env.layers import Conv2d
+from arq_env.quantization.modules import QuantizedLayer, replace_module
+from arq_env.quantization.quantizers import weight_range
 
 
 def integer_network(network: nn.Module) -> nn.Module:
     """A copy whose quantized convolutions compute on 8-bit integers (oneDNN), faster than on floats that hold them.
 
-    The same function, its sums exact where the original rounds: only a value within that rounding of two codes can get the
-    other one. For inference on an x86 CPU with VNNI, without which those kernels saturate.
+    The same function, bit for bit where the original's sums are exact. For inference on an x86 CPU with VNNI, without which
+    those kernels saturate.
 
     :param network: from :class:`arq_env.quantization.Quantizer` or :func:`arq_env.quantization.load_quantized`
     :raises ArqError: when the CPU is not one, the network is elsewhere or has no quantized layer, and, naming it, for a layer
@@ -23,12 +24,12 @@ def integer_network(network: nn.Module) -> nn.Module:
     if not integer_kernels():
         raise ArqError("integer kernels need an x86 CPU with VNNI, and a torch that sees it: use the network as it is")
     converted = copy.deepcopy(network)
-    layers = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedConv2d)]
+    layers = [(name, module) for name, module in converted.named_modules() if getattr(module, "kind", None) is Conv2d]
     if not layers:
         raise ArqError("the network has no quantized convolution to run on integers: quantize it first")
     for name, module in layers:
-        if module.weight.device.type != "cpu":
-            raise ArqError(f"layer {name!r} is on {module.weight.device}: move the network to the CPU, where integer kernels run")
+        if module.codes.device.type != "cpu":
+            raise ArqError(f"layer {name!r} is on {module.codes.device}: move the network to the CPU, where integer kernels run")
         replace_module(converted, name, IntegerConv2d(module))
     return converted.eval()
 
@@ -63,37 +64,33 @@ def weight_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
 
 
 class IntegerConv2d(nn.Module):
-    """Convolution of unsigned 8-bit codes with signed 8-bit codes, summed in 32 bits."""
+    """A quantized convolution whose sums are made of unsigned 8-bit codes and signed 8-bit codes, in 32 bits."""
 
-    def __init__(self, layer: QuantizedConv2d):
+    def __init__(self, layer: QuantizedLayer):
         super().__init__()
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             padding = f"{layer.padding!r} of {layer.padding_mode!r}"
             raise ArqError(f"layer {layer.name!r} has padding {padding}: integer kernels pad with zeros, by a number")
-        self.low, self.high = layer.low, layer.high
-        self.zero = 128 if layer.signed else 0  # the kernels take unsigned inputs: 0 becomes this code
+        largest = layer.largest_sum()
+        if largest >= 2**31:
+            raise ArqError(f"layer {layer.name!r} can have sums up to {largest}: integer kernels sum in 32 bits")
+        self.layer = layer
+        self.zero = -layer.lowest  # the kernels take unsigned inputs: 0 becomes this code
         self.geometry = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
-        codes, steps = weight_codes(layer.weight, layer.weight_bits)
-        self.register_buffer("codes", codes)
-        self.register_buffer("weight_step", steps)
-        self.register_buffer("weight_zero", torch.zeros(len(steps), dtype=torch.long))
-        self.register_buffer("activation_step", layer.activation_step)
-        self.register_buffer("bias", layer.bias)
-        self.scale = float(layer.activation_step)
         self._pack()
 
-    def extra_repr(self) -> str:
-        return f"{tuple(self.codes.shape)}, geometry={self.geometry}, input={self.low}..{self.high}"
-
     def _pack(self):
-        self.packed = torch.ops.onednn.qconv_prepack(self.codes, self.weight_step, self.scale, self.zero, *self.geometry)
+        outputs = len(self.layer.codes)
+        self.ones, self.zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.long)
+        self.packed = torch.ops.onednn.qconv_prepack(self.layer.codes, self.ones, 1.0, self.zero, *self.geometry)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The quantized layer's output, float32."""
-        codes = (to_integers(x, self.activation_step, self.low, self.high) + self.zero).to(torch.uint8)
-        weight = self.packed, self.weight_step, self.weight_zero, self.bias
-        after = 1.0, 0, torch.float32, "none", [], ""
-        return torch.ops.onednn.qconv_pointwise(codes, self.scale, self.zero, *weight, *self.geometry, *after)
+        codes = self.layer.integers(x).add_(self.zero).to(torch.uint8)
+        weight = self.packed, self.ones, self.zeros, None
+        as_they_are = 1.0, 0, torch.float32, "none", [], ""
+        sums = torch.ops.onednn.qconv_pointwise(codes, 1.0, self.zero, *weight, *self.geometry, *as_they_are)
+        return self.layer.scaled(sums)
 
     def __getstate__(self):
         return {name: value for name, value in super().__getstate__().items() if name != "packed"}

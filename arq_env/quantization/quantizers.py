@@ -1,21 +1,16 @@
 """Uniform quantizers and the step sizes that minimise their mean squared error."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
-#: Steps tried, as fractions of the step that just reaches the largest magnitude.
-WEIGHT_FRACTIONS = torch.linspace(0.1, 1.0, 91)
-ACTIVATION_FRACTIONS = torch.linspace(0.02, 1.0, 99)
-
-
-def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
-    """The integers an activation is rounded to. A signed range is symmetric, so at 2 bits it is ternary.
-
-    >>> integer_range(4, signed=True), integer_range(2, signed=True), integer_range(4, signed=False)
-    ((-7, 7), (-1, 1), (0, 15))
-    """
-    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+#: Steps tried for weights, as fractions of the step that just reaches a channel's largest magnitude.
+WEIGHT_FRACTIONS = torch.cat([0.1 * 2 ** -torch.arange(1.0, 5), torch.linspace(0.1, 1.0, 91)]).flip(0)
+#: Steps tried for activations are powers of two and so many between each and the next: what is sampled differs from machine to
+#: machine in its last places, the steps should not. They fall by so many powers of two from the one that clips nothing.
+GRID, FALL = 32, 9
 
 
 def weight_range(bits: int) -> tuple[int, int, int]:
@@ -27,7 +22,27 @@ def weight_range(bits: int) -> tuple[int, int, int]:
     >>> weight_range(8), weight_range(3), weight_range(2)
     ((-127, 127, 1), (-3, 3, 1), (-3, 3, 2))
     """
-    return (-3, 3, 2) if bits == 2 else (*integer_range(bits, signed=True), 1)
+    return (-3, 3, 2) if bits == 2 else (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1, 1)
+
+
+def highest(bits: int, lowest: int) -> int:
+    """The greatest integer that an activation is rounded to, given the least: 2^bits integers, one less where symmetric.
+
+    >>> highest(4, 0), highest(4, -2), highest(4, -7), highest(2, -1)
+    (15, 13, 7, 1)
+    """
+    symmetric = 2 ** (bits - 1) - 1
+    return symmetric if lowest == -symmetric else lowest + 2**bits - 1
+
+
+def lowest_levels(bits: int) -> list[int]:
+    """The least integers that are tried for activations with a negative part: symmetric, and ever smaller parts of the range.
+
+    >>> lowest_levels(2), lowest_levels(4)
+    ([-1, -2, -3], [-7, -1, -2, -4, -8, -15])
+    """
+    parts = [-(2**part) for part in range(bits)] + [1 - 2**bits]
+    return list(dict.fromkeys([1 - 2 ** (bits - 1), *parts]))
 
 
 def to_integers(x: torch.Tensor, step: torch.Tensor, low: int, high: int, distance: int = 1) -> torch.Tensor:
@@ -49,6 +64,9 @@ def nearest_level(scaled: torch.Tensor, low: int, distance: int, rounding: Calla
 def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Step of each output channel with the least squared error on the weights themselves.
 
+    A channel that is nothing beside the others, such as a pruned one, gets the step of one a millionth of their size: much smaller
+    steps cannot be learned in float32.
+
     :param weight: [out, ...]
     :return: [out], positive
 
@@ -57,36 +75,59 @@ def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """
     levels = weight_range(bits)
     rows = weight.detach().flatten(1)
-    return _least_error(rows, rows.abs().amax(1) / levels[1], WEIGHT_FRACTIONS, levels)
+    largest = rows.abs().amax(1)
+    largest = largest.clamp_min(1e-6 * float(largest.max()) or 1.0)
+    scale = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two rounds nothing; squares of very small numbers vanish
+    steps = _fractions(largest / scale / levels[1])
+    return _least_error(rows / scale[:, None], steps, levels)[0] * scale
 
 
-def activation_step(samples: torch.Tensor, bits: int) -> torch.Tensor:
-    """The one step with the least squared error on sampled activations; signed only where some are negative.
+class ActivationLevels(NamedTuple):
+    """``step``: scalar tensor, positive; ``lowest``: the least integer that activations are rounded to, see :func:`highest`."""
+
+    step: torch.Tensor
+    lowest: int
+
+
+def activation_levels(samples: torch.Tensor, bits: int, weights: torch.Tensor | None = None) -> ActivationLevels:
+    """The step and the range of integers with the least squared error on sampled activations.
+
+    Without negative samples the range starts at 0. With some it is symmetric, or starts at whichever negative integer is best:
+    for the small negative part that smooth activation functions have, symmetric levels would waste nearly half of the codes.
 
     :param samples: [n]
-    :return: scalar, positive
+    :param weights: [n], how many activations each sample stands for; alike, if not given
 
-    >>> activation_step(torch.tensor([0.0, 2.0, 4.0, 6.0]), 2), activation_step(torch.tensor([-2.0, 0.0, 2.0]), 2)
-    (tensor(2.), tensor(2.))
+    >>> activation_levels(torch.tensor([0.0, 2.0, 4.0, 6.0]), 2), activation_levels(torch.tensor([-2.0, 0.0, 2.0]), 2).lowest
+    (ActivationLevels(step=tensor(2.), lowest=0), -1)
     """
-    levels = integer_range(bits, signed=is_signed(samples))
     rows = samples.detach().flatten()[None]
-    return _least_error(rows, rows.abs().amax(1) / levels[1], ACTIVATION_FRACTIONS, levels)[0]
+    found = []
+    for lowest in lowest_levels(bits) if float(rows.min()) < 0 else [0]:
+        levels = lowest, highest(bits, lowest), 1
+        clips_nothing = max(float(rows.max()) / max(levels[1], 1), float(rows.min()) / min(lowest, -1)) or 1.0
+        first = math.ceil(GRID * math.log2(clips_nothing))
+        steps = (2.0 ** (power / GRID) for power in range(first, first - FALL * GRID, -1))
+        step, error = _least_error(rows, (rows.new_tensor([step]) for step in steps), levels, weights)
+        found.append((float(error), len(found), ActivationLevels(step[0], lowest)))
+    return min(found)[-1]
 
 
-def is_signed(samples: torch.Tensor) -> bool:
-    """Whether activations take negative values, so that they need a signed range."""
-    return bool(samples.min() < 0)
+def _fractions(largest: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Steps to try for each row, down from the one that just reaches its largest magnitude."""
+    return (largest * fraction for fraction in WEIGHT_FRACTIONS)
 
 
-def _least_error(rows, largest_step, fractions, levels):
-    largest_step = largest_step.clamp_min(torch.finfo(rows.dtype).tiny * 1e6)  # a channel of zeros keeps a usable step
-    best = largest_step.clone()
-    least = torch.full_like(best, torch.inf)
-    for fraction in fractions:
-        step = largest_step * fraction
+def _least_error(rows, steps, levels, weights=None):
+    """The best of some steps [rows] for each row, the first of equals, and its squared error, summed in float64."""
+    best = least = None
+    for step in steps:
         column = step[:, None]
-        error = (to_integers(rows, column, *levels) * column - rows).square_().sum(1)
-        better = error < least
-        best, least = torch.where(better, step, best), torch.where(better, error, least)
-    return best
+        squares = (to_integers(rows, column, *levels) * column - rows).square_()
+        error = (squares if weights is None else squares.mul_(weights)).sum(1, dtype=torch.float64)
+        if best is None:
+            best, least = step, error
+        else:
+            better = error < least
+            best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return best, least
