@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, free_layers
 from arq_env.errors import ArqError
-from arq_env.layers import Layer
+from arq_env.layers import Layer, total_macs
 
 
 class BopsBudget:
@@ -29,7 +29,7 @@ class BopsBudget:
         if not (isinstance(end_bits, numbers.Integral) and MIN_BITS <= end_bits <= MAX_BITS):
             raise ArqError(f"end_bits is {end_bits!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
         self.layers, self.free, self.end_bits = layers, free_layers(layers), int(end_bits)
-        fp32 = 1024 * sum(layer.macs for layer in layers)
+        fp32 = 1024 * total_macs(layers)
         self.fraction = float(fraction)
         self.limit = math.floor(Fraction(self.fraction) * fp32)
         while (self.limit + 1) / fp32 <= self.fraction:  # what rounds to this fraction counts to it

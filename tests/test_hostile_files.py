@@ -200,8 +200,44 @@ NAN, INF = float("nan"), float("inf")
         ("last.bias", lambda b: b[:2].clone(), "last.bias"),
     ],
 )
-def test_weights_that_are_not_what_the_card_says(tmp_path, quantized, name, change, message):
+def test_tensors_that_are_not_what_the_card_says(tmp_path, quantized, name, change, message):
     tensors, card = quantized
+    with pytest.raises(ArqError, match=message):
+        write_quantized(tmp_path / "network.safetensors", tensors | {name: change(tensors[name])}, card)
+
+
+@pytest.fixture
+def first_version(quantized):
+    """The same file as the first version wrote it: integers times steps, and only the sign of activations."""
+    tensors, card = copy.deepcopy(quantized)
+    for layer in card["layers"]:
+        codes, step = tensors.pop(f"{layer['name']}.codes"), tensors.pop(f"{layer['name']}.weight_step")
+        tensors[f"{layer['name']}.weight"] = codes * step.view(-1, *[1] * (codes.dim() - 1))
+        layer["signed_activations"] = layer.pop("lowest_activation") < 0
+    return tensors, card
+
+
+def test_files_of_the_first_version(tmp_path, quantized, first_version):
+    now, before = (write_quantized(tmp_path / "network.safetensors", *files) for files in (quantized, first_version))
+    torch.testing.assert_close(now.middle.weight, before.middle.weight)
+    assert before.middle.weight_bits == 2 and (before.middle.lowest, before.middle.highest) == (0, 7)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("middle.weight", lambda w: w * 1.01 ** torch.arange(w.numel()).view(w.shape), "'middle' has other weights"),
+        ("deep.weight", lambda w: w + 0.1 * w.abs().max() * torch.rand(w.shape), "'deep' has other weights"),
+        ("deep.weight", lambda w: w * (1 + 1e-4 * torch.rand(w.shape)), "'deep' has other weights"),
+        ("middle.weight", lambda w: torch.where(w == w[0, 0, 0, 0], 0, w), "'middle' has other weights"),
+        ("deep.weight", lambda w: torch.full_like(w, NAN), "'deep' has weights that are not float32, or NaN"),
+        ("deep.weight", lambda w: torch.full_like(w, INF), "'deep' has weights that are not float32, or NaN or infinite"),
+        ("middle.weight", lambda w: w.double(), "'middle' has weights that are not float32"),
+        ("middle.weight", lambda w: w[:, :, 1:2, 1:2].contiguous(), r"shape \(8, 8, 1, 1\)"),
+    ],
+)
+def test_weights_between_their_levels(tmp_path, first_version, name, change, message):
+    tensors, card = first_version
     torch.manual_seed(0)
     with pytest.raises(ArqError, match=message):
         write_quantized(tmp_path / "network.safetensors", tensors | {name: change(tensors[name])}, card)
@@ -240,7 +276,7 @@ def test_cards_of_other_layers(tmp_path, quantized):
     path = tmp_path / "network.safetensors"
     for layers, message in (
         ([*card["layers"], card["layers"][1]], "'middle' twice"),
-        ([card["layers"][0] | {"name": "norm"}], "norm"),
+        ([card["layers"][0] | {"name": "norm"}], "'norm' is a BatchNorm2d"),
         ([card["layers"][0] | {"name": ""}], "'' is a ToyNet"),
         ([changed(card["layers"][1], ("weight_bits",), 8), *card["layers"][2:]], "first.activation_step|first.codes"),
         ([changed(card["layers"][2], ("weight_bits",), 2)], "not among the levels that 2 bits have"),
@@ -251,6 +287,12 @@ def test_cards_of_other_layers(tmp_path, quantized):
         for key in ("weight_bits", "activation_bits"):
             with pytest.raises(ArqError, match=f"'middle' has {key}"):
                 write_quantized(path, tensors, changed(card, ("layers", 1, key), bits))
+    for lowest in (None, 1, -8, -0.0, "0", False):
+        with pytest.raises(ArqError, match="'middle' has lowest_activation"):
+            write_quantized(path, tensors, changed(card, ("layers", 1, "lowest_activation"), lowest))
+    for signed in (None, 1, "no"):
+        with pytest.raises(ArqError, match="'middle' has signed_activations"):
+            write_quantized(path, first_version[0], changed(first_version[1], ("layers", 1, "signed_activations"), signed))
 
 
 @pytest.mark.parametrize(
