@@ -18,6 +18,7 @@ class Hyperplane(nn.Module):
         super().__init__()
         self.normal = nn.Parameter(torch.ones(3 * 8 * 8) / np.sqrt(3 * 8 * 8))
         self.sharpness = sharpness
+        self.eval()
 
     def forward(self, images):
         distance = (images.flatten(1) - 0.5) @ self.normal
@@ -70,6 +71,7 @@ class Scaled(nn.Module):
     def __init__(self, network, scale: float):
         super().__init__()
         self.network, self.scale = network, scale
+        self.eval()
 
     def forward(self, images):
         return self.scale * self.network(images)
