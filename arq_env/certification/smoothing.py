@@ -77,11 +77,12 @@ def certify(
     :param classifier: f, from a batch [b, ...] of noisy images to logits [b, classes] or labels [b]. A torch module gets
         float32 tensors on its own device, channels-last in memory where its convolutions are; any other function gets what
         ``images`` is, arrays or tensors.
-    :param images: [n, c, h, w] in [0, 1], before normalisation: NumPy array or tensor
+    :param images: [n, c, h, w] in [0, 1], before normalisation: floating-point NumPy array or tensor; up to 1e-6 outside is clipped
     :param labels: [n] whole numbers, -1 where unknown
-    :param sigma: standard deviation of the noise, in the units of the pixels
-    :param n0: noise samples that select the class
-    :param n: fresh noise samples that count it; at most so many for ``sequential``, replayed ones for ``incremental``
+    :param sigma: standard deviation of the noise, in the units of the pixels, from 1e-6 to 1e6
+    :param n0: noise samples that select the class, up to a million
+    :param n: fresh noise samples that count it, up to a billion; at most so many for ``sequential``, replayed ones for
+        ``incremental``
     :param alpha: probability that an image's certificate fails, whatever the method
     :param method: one of the above
     :param radius: for ``sequential``: the one radius to decide, in the units of the pixels
@@ -92,12 +93,19 @@ def certify(
     :param skip_wrong: for ``cohen`` and ``randomized``: draw none of the n samples of images whose first n0 point to a wrong
         class, and abstain there. ACR and every accuracy stay exactly as they are, a wrong prediction's radius is not known
     :param batch_size: noisy images a forward pass; by default 32 on a CPU, whose caches larger batches overflow, else 1,024
-    :param map: anything with the built-in ``map``'s calling sequence, such as a pool's; calls run the classifier on a few images
+    :param map: anything with the built-in ``map``'s calling sequence; calls run the classifier on a few images, and their results
+        may come in any order. For worker processes take ``concurrent.futures.ProcessPoolExecutor(2,
+        multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)).map``: where a worker is killed it fails at once, while
+        ``imap`` of a pool of multiprocessing waits for ever. An engine that returns a list, such as a pool's own ``map``, has done
+        all images before the first is logged
     :param progress: called as ``progress(iterable, total=chunks)``, such as ``tqdm``
     :param log: TSV file to which images are appended as they are done, every 16 or, for n above 8,192, each; a second call
         with the same arguments goes on there. Two processes must not share one
-    :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its weights
-    :raises ArqError: for arguments out of range, for NaN or infinite logits, and for another call's log or cache
+    :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its
+        :func:`arq_env.certification.network_digest`
+    :raises ArqError: for arguments out of range, for an n with which everything is abstained on, for output that is no logits or
+        labels, for NaN or infinite logits, for a ``map`` that does not give each result once, for another call's log or cache, and
+        for a log that cannot be written
     """
     run = checked_run(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size, map=map, progress=progress)
     labels = checked_labels(labels, len(run.pixels))
