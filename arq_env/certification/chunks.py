@@ -69,7 +69,9 @@ def checked_run(classifier, images, *, sigma, n0, n, seed, batch_size, map, prog
         device = images.device if isinstance(images, torch.Tensor) else None
     default = 32 if device is None or device.type == "cpu" else 1_024
     batch_size = default if batch_size is None else whole("batch_size", batch_size, 1, 2**31 - 1)
-    return Run(classifier, pixels, device, sigma, n0, n, seed, batch_size, function("map", map), function("progress", progress))
+    function("map", map, "task", "chunks")
+    function("progress", progress, "iterable", total="total")
+    return Run(classifier, pixels, device, sigma, n0, n, seed, batch_size, map, progress)
 
 
 @dataclass(frozen=True)

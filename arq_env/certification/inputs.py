@@ -1,5 +1,7 @@
 """The one door for what a caller gives: numbers, pixels, labels and classifiers, each checked and brought into one form."""
 
+import contextlib
+import inspect
 import math
 import numbers
 import os
@@ -15,6 +17,8 @@ from arq_env.errors import ArqError
 ROUNDING = 1e-6
 #: Noise much smaller than this is rounded away in float32, larger noise leaves nothing of an image.
 LEAST_SIGMA, MOST_SIGMA = 1e-6, 1e6
+#: Far below this SciPy's quantiles fail.
+LEAST_ALPHA = 1e-30
 #: Most samples that select and that count a class, and the largest seed and label: more is a slip, and would hang.
 MOST_N0, MOST_N, MOST_SEED, MOST_LABEL = 10**6, 10**9, 2**63 - 1, 2**31 - 1
 
@@ -75,13 +79,21 @@ def checked_sigma(sigma) -> float:
 
 def checked_alpha(alpha) -> float:
     """The probability of failure as a float, or an ArqError."""
-    return real("alpha", alpha, lambda value: 0 < value < 1, "the probability of failure, in (0, 1)")
+    wanted = f"the probability of failure, in (0, 1) and not below {LEAST_ALPHA:g}"
+    return real("alpha", alpha, lambda value: LEAST_ALPHA <= value < 1, wanted)
 
 
-def function(name: str, value) -> Callable:
-    """The argument, or an ArqError where it cannot be called."""
-    if not callable(value):
-        raise ArqError(f"{name} is {shown(value)}: give a function")
+def function(name: str, value, *arguments: str, **named: str) -> Callable:
+    """The argument, or an ArqError where it cannot be called with such arguments."""
+    fits = callable(value)
+    if fits:
+        with contextlib.suppress(ValueError):  # it does not say, such as the built-in map
+            try:
+                inspect.signature(value).bind(*arguments, **named)
+            except TypeError:
+                fits = False
+    if not fits:
+        raise ArqError(f"{name} is {shown(value)}: give a function, to be called as {name}({', '.join((*arguments, *named))})")
     return value
 
 
@@ -166,7 +178,7 @@ def checked_labels(labels, images: int, *, unknown: bool = True) -> np.ndarray:
 
 def checked_classifier(classifier) -> None:
     """Raise an ArqError unless this is a function, and not a torch module in training mode."""
-    function("classifier", classifier)
+    function("classifier", classifier, "batch")
     if isinstance(classifier, torch.nn.Module) and any(module.training for module in classifier.modules()):
         raise ArqError(
             "the classifier is in training mode, in which its output depends on the rest of the batch: call eval() first"
