@@ -112,6 +112,7 @@ class Shift(nn.Module):
         (lambda: Plain(act=lambda x: x.relu()), lambda: Plain(act=lambda x: x.tanh())),
         (lambda: Plain(act=closed_over(1)), lambda: Plain(act=closed_over(2))),
         (lambda: Plain(act=functools.partial(torch.clamp, min=0)), lambda: Plain(act=functools.partial(torch.clamp, min=1))),
+        (lambda: Plain(act=functools.cache(lambda x: x + 1)), lambda: Plain(act=functools.cache(lambda x: x + 2))),
         (lambda: Buffered(0.0), lambda: Buffered(1.0)),
         (Plain, Edited),
         (Constant, OtherConstant),
@@ -137,6 +138,28 @@ def test_a_number_of_the_file_counts(monkeypatch):
     assert network_digest(Plain(act=cut)) != before
 
 
+class Rounding(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.round()
+
+
+class Rounds(Plain):
+    @torch.no_grad()
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return Rounding.apply(super().forward(x))
+
+
+def test_a_function_that_a_decorated_forward_uses_counts(monkeypatch):
+    network = Rounds()
+    before = network_digest(network)
+    network(torch.zeros(1, 3, 4, 4))
+    assert network_digest(network) == before
+    monkeypatch.setattr(Rounding, "forward", staticmethod(lambda context, x: x.floor()))
+    assert network_digest(network) != before
+
+
 def test_quantized_layers_that_differ_in_what_no_weight_shows(toy_env):
     network = toy_env.evaluator.quantizer.quantize(uniform(toy_env.layers, 4, 4))
     before = network_digest(network)
@@ -152,7 +175,7 @@ def test_one_network_has_one_digest():
     """In any layout, after use, saved and loaded, holding itself, and in a process that hashes otherwise and has more threads."""
     network = nn.Sequential(nn.Conv2d(3, 3, 3), Plain(act=closed_over(1), names={"b", "a"}, lock=threading.Lock())).eval()
     nn.init.ones_(network[0].weight), nn.init.zeros_(network[0].bias)
-    network[1].me = [network]
+    network[1].me = [network, Rounds()]
     digest = network_digest(network)
     network(torch.zeros(1, 3, 4, 4))
     assert network_digest(network) == network_digest(network.to(memory_format=torch.channels_last)) == digest

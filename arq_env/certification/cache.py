@@ -2,7 +2,9 @@
 
 import functools
 import os
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +100,7 @@ class PredictionCache:
             if not (cache.counts == (cache.predictions == cache.classes[:, None]).sum(1)).all():
                 raise ValueError("its counts are not those of its predictions")
             return cache
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise ArqError(f"{path} is not a prediction cache ({error}): make it again with cache_predictions") from error
 
 
@@ -146,6 +148,8 @@ def cache_predictions(
                 what = "other images" if field == "digests" else f"another {field}"
                 raise ArqError(f"{path} was made with {what}: choose another file for this cache")
         return cache
+    if path is not None:
+        _check_writable(path)  # before the work instead of after it
     chunks = run_in_chunks(functools.partial(_predict, n0=run.n0, n=run.n), run, np.arange(len(run.pixels)))
     parts = [done.result for done in sorted(chunks, key=lambda done: done.rows[0])]  # map may be unordered
     classes, predictions = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -154,6 +158,16 @@ def cache_predictions(
     if path is not None:
         cache.save(path)
     return cache
+
+
+def _check_writable(path: Path) -> None:
+    """Raise an ArqError unless a file can be made beside this one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ArqError(f"cannot write {path} ({error.strerror or error}): choose another file for the cache") from error
 
 
 def _predict(sampler, rows, beside, *, n0, n):

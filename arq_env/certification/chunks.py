@@ -104,11 +104,11 @@ class _Chunks(Sequence):
         return part, self._pixels[part], self._beside(part)
 
 
-def no_more(rows) -> None:
+def nothing(rows) -> None:
     """What goes beside some images by default: nothing."""
 
 
-def run_in_chunks(task: Callable, run: Run, rows: np.ndarray, beside: Callable = no_more) -> Iterator[Done]:
+def run_in_chunks(task: Callable, run: Run, rows: np.ndarray, beside: Callable = nothing) -> Iterator[Done]:
     """Call ``task(sampler, rows, beside(rows))`` for a few images at a time; yield what is done as ``map`` gives it.
 
     :param rows: indices of the images to do

@@ -1,5 +1,6 @@
 """What tells one classifier from another: a digest of everything that a torch module computes with."""
 
+import dis
 import functools
 import hashlib
 import io
@@ -17,9 +18,10 @@ from arq_env.errors import ArqError
 #: Packages whose classes and functions are known by their names; of all others the code counts.
 _KNOWN_BY_NAME = {"torch", "numpy", "scipy", *sys.stdlib_module_names} - {"__main__"}
 #: Where such objects come from, what they hold has no influence on what a module computes.
-_WITHOUT_EFFECT = {"_abc", "_io", "_thread", "_weakref", "logging", "threading", "weakref"}
+_WITHOUT_EFFECT = {"_abc", "_contextvars", "_io", "_thread", "_weakref", "logging", "threading", "weakref"}
 #: What every module has, and what torch.compile leaves on one; what counts of it is read by itself.
 _MODULE_INTERNALS = {*vars(torch.nn.Module()), "_compiled_call_impl"}
+_CACHED = type(functools.cache(len))
 _PLAIN = (bool, int, float, complex, str, bytes, range, np.generic, np.dtype, torch.dtype, torch.device, torch.memory_format)
 
 
@@ -38,12 +40,13 @@ def classifier_digest(classifier: Callable, name: str = "") -> str:
 
 
 def network_digest(network: torch.nn.Module, name: str = "") -> str:
-    """SHA-256 of what a module computes with, as hex: the same in every process, on any device and in any memory layout.
+    """SHA-256 of what a module computes with, as hex: the same in every process of one Python version.
 
-    It covers parameters, all buffers and every other attribute of every submodule (tensors, numbers, functions), forward hooks,
-    whether it is in training mode, and the code of classes and functions that are not torch's own, with the numbers and functions
-    that they use of their own file. It does not cover versions of packages, nor other files' functions. No forward pass is run,
-    for its rounding differs with the number of threads; so what a forward pass leaves on a module counts too.
+    Neither device nor memory layout matter. It covers parameters, all buffers and every other attribute of every submodule
+    (tensors, numbers, functions), forward hooks, whether it is in training mode, and the code of classes and functions that are
+    not torch's own, with the numbers, functions and classes that they use of their own file. It does not cover versions of
+    packages, nor what is called of other files. No forward pass is run, for its rounding differs with the number of threads; so
+    what a forward pass leaves on a module counts.
 
     :param name: further text that tells networks apart
     :raises ArqError: where an attribute cannot be read, such as a handle of another runtime, and there is no ``name``
@@ -82,6 +85,8 @@ class _Reader:
             return "sequence", *map(self.digest, value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
+        if isinstance(value, _CACHED):
+            return "cached", self.digest(value.__wrapped__)
         if isinstance(value, types.CodeType):
             return "code", value.co_code, *(self.digest(part) for part in (value.co_consts, value.co_names, value.co_freevars))
         if isinstance(value, types.MethodType):
@@ -91,6 +96,8 @@ class _Reader:
             return "descriptor", *map(self.digest, inner)
         if isinstance(value, type):
             return self._class(value)
+        if isinstance(value, torch.autocast):  # keeps what was before it when it was last entered
+            return "autocast", self.digest({key: held for key, held in vars(value).items() if not key.startswith("prev")})
         if isinstance(value, types.ModuleType):
             return "python module", value.__name__.encode()
         return self._object(value)
@@ -114,18 +121,17 @@ class _Reader:
                 yield self.digest(value)
 
     def _function(self, function):
-        kind = "function", f"{function.__module__}.{function.__qualname__}".encode()
-        if _known_by_name(function):
-            return kind
         held = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        if _known_by_name(function):
+            return "known function", f"{function.__module__}.{function.__qualname__}".encode(), self.digest(held)
         parts = function.__code__, function.__defaults__, function.__kwdefaults__, held, self._used(function)
-        return kind[0], *map(self.digest, parts)
+        return "function", *map(self.digest, parts)
 
     def _used(self, function):
-        """What a function reads of its own file: numbers, tensors and functions, by name; classes and modules are names already."""
+        """What a function reads of its own file: numbers, tensors, functions and classes, by name."""
         names, code = set(), [function.__code__]
         while code:
-            names.update(code[-1].co_names)
+            names.update(step.argval for step in dis.get_instructions(code[-1]) if step.opname == "LOAD_GLOBAL")
             code += [part for part in code.pop().co_consts if isinstance(part, types.CodeType)]
         there = function.__globals__
         return {name: there[name] for name in sorted(names & there.keys()) if _is_read(there[name], there)}
@@ -137,7 +143,7 @@ class _Reader:
             if _known_by_name(base):
                 continue
             for name, value in sorted(vars(base).items()):
-                if isinstance(value, (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)):
+                if isinstance(value, (types.FunctionType, _CACHED, staticmethod, classmethod, property, functools.cached_property)):
                     parts += [name.encode(), self.digest(value)] if name == "__call__" or not name.startswith("__") else []
                 elif not name.startswith("__") and _is_constant(value):
                     parts += [name.encode(), self.digest(value)]
@@ -193,8 +199,9 @@ def _known_by_name(value) -> bool:
 
 
 def _is_read(value, there: dict) -> bool:
-    """Whether something that a function uses of its own file is read: a constant, or a function of this file."""
-    return _is_constant(value) or isinstance(value, types.FunctionType) and value.__globals__ is there
+    """Whether something that a function uses of its own file is read: a constant, or a function or class of this file."""
+    code = isinstance(value, (types.FunctionType, _CACHED, type)) and value.__module__ == there.get("__name__")
+    return code or _is_constant(value)
 
 
 def _is_constant(value) -> bool:
