@@ -41,7 +41,7 @@ def parse():
     parser.add_argument("--training", default="gaussian", help="of the base network")
     parser.add_argument("--steps", type=command_line.whole(1), default=128, help="batches of fine-tuning")
     parser.add_argument(
-        "--n", type=command_line.whole(1), default=32, help="noise samples that count a class of a finished network"
+        "--n", type=command_line.whole(5), default=32, help="noise samples that count a class of a finished network"
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
     command_line.add_processes(parser, "maps", default=torch.get_num_threads())

@@ -51,7 +51,7 @@ def randomized_clopper_pearson_lower(successes, n, draw, alpha):
     :param draw: W, one uniform draw from [0, 1] an entry, drawn before the count is known
 
     >>> round(float(randomized_clopper_pearson_lower(100, 100, 0.5, 0.001)), 4)  # (alpha / W) ** (1 / n)
-    0.9398
+    0.9397
     """
     successes, n = _counts(successes, n)
     alpha, draw = checked_alpha(alpha), reals("draw", draw, 0, 1, "uniform draws from [0, 1]")
