@@ -161,14 +161,22 @@ def test_a_function_that_a_decorated_forward_uses_counts(monkeypatch):
 
 
 def test_quantized_layers_that_differ_in_what_no_weight_shows(toy_env):
+    """Every number that a quantized layer and its parts hold beside their weights, such as the range of their inputs."""
     network = toy_env.evaluator.quantizer.quantize(uniform(toy_env.layers, 4, 4))
     before = network_digest(network)
-    other = copy.deepcopy(network)
-    assert network_digest(other) == before
-    other.middle.signed = not other.middle.signed
-    assert network_digest(other) != before
-    other.middle.signed, other.middle.high = not other.middle.signed, other.middle.high - 1
-    assert network_digest(other) != before
+    assert network_digest(copy.deepcopy(network)) == before
+    numbers = [
+        (part, key, value)
+        for part in network.middle.modules()
+        for key, value in vars(part).items()
+        if isinstance(value, int) and not key.startswith("_")
+    ]
+    assert len(numbers) > 3
+    for part, key, value in numbers:
+        setattr(part, key, not value if isinstance(value, bool) else value + 1)
+        assert network_digest(network) != before, key
+        setattr(part, key, value)
+    assert network_digest(network) == before
 
 
 def test_one_network_has_one_digest():
