@@ -251,6 +251,11 @@ def test_modules_get_the_memory_layout_of_their_kernels():
     layouts.clear()
     assert table(certify(network.to(memory_format=torch.channels_last), images, [0, 0], **SETTINGS)) == table(plain)
     assert not any(layouts)
+    kernel = network.conv.weight.detach()
+    del network.conv.weight
+    network.conv.register_buffer("weight", kernel)  # as in a quantized layer
+    layouts.clear()
+    assert table(certify(network, images, [0, 0], **SETTINGS)) == table(plain) and not any(layouts)
 
 
 def test_numpy_numbers_and_unusual_modules_can_be_logged(images, tmp_path):

@@ -17,6 +17,7 @@ from arq_env.certification.inputs import (
     checked_classifier,
     checked_pixels,
     checked_sigma,
+    device_of,
     first_line,
     function,
     shown,
@@ -64,7 +65,7 @@ def checked_run(classifier, images, *, sigma, n0, n, seed, batch_size, map, prog
     n0, n, seed = whole("n0", n0, 1, MOST_N0), whole("n", n, 1, MOST_N), whole("seed", seed, 0, MOST_SEED)
     pixels = checked_pixels(images)
     if isinstance(classifier, torch.nn.Module):
-        device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
+        device = device_of(classifier)
     else:
         device = images.device if isinstance(images, torch.Tensor) else None
     default = 32 if device is None or device.type == "cpu" else 1_024

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import math
 import numbers
 import os
@@ -183,6 +184,12 @@ def checked_classifier(classifier) -> None:
         raise ArqError(
             "the classifier is in training mode, in which its output depends on the rest of the batch: call eval() first"
         )
+
+
+def device_of(network: torch.nn.Module) -> torch.device:
+    """Where a network's first tensor is; the CPU for a network without any."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _is_meta(value) -> bool:

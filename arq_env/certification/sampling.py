@@ -140,6 +140,10 @@ def as_output(output, images: int) -> np.ndarray:
 
 def _reads_channels_last(classifier: Callable) -> bool:
     """Whether a module's convolutions are laid out channels-last, which their batches then are too (faster on a CPU)."""
-    parameters = classifier.parameters() if isinstance(classifier, torch.nn.Module) else ()
-    kernels = [p for p in parameters if p.dim() == 4 and min(p.shape[1], p.shape[2] * p.shape[3]) > 1]
-    return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    if not isinstance(classifier, torch.nn.Module):
+        return False
+    # Kernels that were quantized may be buffers.
+    held = (classifier.parameters(), classifier.buffers())
+    kernels, codes = ([t for t in some if t.dim() == 4 and min(t.shape[1], t.shape[2] * t.shape[3]) > 1] for some in held)
+    kernels = kernels or codes
+    return bool(kernels) and all(t.is_contiguous(memory_format=torch.channels_last) for t in kernels)

@@ -10,6 +10,7 @@ from arq_env.certification.inputs import (
     checked_labels,
     checked_pixels,
     checked_sigma,
+    device_of,
     real,
     shown,
     whole,
@@ -92,7 +93,7 @@ def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.T
         raise ArqError(
             f"n is {n:,} for {len(images):,} images of shape {tuple(images.shape[1:])}: give a smaller n or fewer images"
         )
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for part in images.split(IMAGES_AT_ONCE):
