@@ -36,7 +36,7 @@ def add_finishing(parser) -> None:
     """The options of the short recipe and of the certificates."""
     parser.add_argument("--steps", type=command_line.whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
     parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
-    parser.add_argument("--n", type=command_line.whole(1), default=200, help="noise samples that count a class there")
+    parser.add_argument("--n", type=command_line.whole(10), default=200, help="noise samples that count a class there")
 
 
 @contextlib.contextmanager

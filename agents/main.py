@@ -113,7 +113,7 @@ def _parse(description: str):
         default=100,
         help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
-    parser.add_argument("--test-n", type=command_line.whole(1), default=500, help="noise samples counted for each of them")
+    parser.add_argument("--test-n", type=command_line.whole(10), default=500, help="noise samples counted for each of them")
     options = parser.parse_args()
     if options.episodes is None:
         options.episodes = SIGNS_EPISODES if options.env == "ARQ-ResNet20-Signs-v0" else EPISODES

@@ -149,9 +149,14 @@ def paired_difference(a: Certificates, b: Certificates) -> tuple[float, float]:
 
 
 def paired_ratio(a: Certificates, b: Certificates) -> tuple[float, float]:
-    """a's ACR over b's, and its standard error to first order (the ratio estimator's; Cochran 1977, section 6.3)."""
-    ratio = a.acr / b.acr
-    return ratio, standard_error(a.certified_radius - ratio * b.certified_radius) / b.acr
+    """a's ACR over b's, and its standard error to first order."""
+    return ratio_of_means(a.certified_radius, b.certified_radius)
+
+
+def ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Mean of a over mean of b, each [images], with its standard error (the ratio estimator's; Cochran 1977, section 6.3)."""
+    ratio = float(a.mean() / b.mean())
+    return ratio, standard_error(a - ratio * b) / float(b.mean())
 
 
 def standard_error(values: np.ndarray) -> float:

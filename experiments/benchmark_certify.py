@@ -1,6 +1,5 @@
 """Measure the certifier's time against adversarial-robustness-toolbox's, real runs taken in turns. A stopped run starts over."""
 
-import multiprocessing
 import time
 import tracemalloc
 from functools import partial
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from agents.finishing import workers
 from arq_env import ArqError, command_line
 from arq_env.certification import CompiledNetwork, certify
 from arq_env.files import write_json
@@ -152,8 +152,8 @@ def main():
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
     images, labels = images[: options.images], labels[: options.images]
     settings = {name: getattr(options, name) for name in ("n", "seed", "processes")} | {"images": len(images)}
-    with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
-        fast = speed(problem, images, labels, options.n, options.seed, options.processes, pool.imap)
+    with workers(options.processes) as pool:
+        fast = speed(problem, images, labels, options.n, options.seed, options.processes, pool.map)
     document = {
         "checkpoint": problem.card["digest"],
         "sigma": problem.sigma,

@@ -4,7 +4,6 @@ The noise is drawn once, at the largest n, and every method takes its samples fr
 noise.
 """
 
-import multiprocessing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from agents.finishing import workers
 from arq_env import command_line
 from arq_env.bitwidths import uniform
 from arq_env.certification import METHODS, CompiledNetwork, smoothing_radius
@@ -179,8 +179,8 @@ def main():
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
     images, labels = images[: options.images], labels[: options.images]
     settings = {name: getattr(options, name) for name in ("thin", "n", "replayed", "seed", "processes")}
-    with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
-        taken = samples(problem, images, labels, options.n, options.thin, options.replayed, options.seed, pool.imap)
+    with workers(options.processes) as pool:
+        taken = samples(problem, images, labels, options.n, options.thin, options.replayed, options.seed, pool.map)
     document = {
         "checkpoint": problem.card["digest"],
         "sigma": problem.sigma,

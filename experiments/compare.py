@@ -23,7 +23,7 @@ from agents.main import add_environment, make_env
 from agents.trace import count_episodes, read_trace
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import load_map
-from arq_env.comparison import FP32
+from arq_env.comparison import FP32, ratio_of_means
 from arq_env.files import write_json
 from arq_env.provenance import provenance
 
@@ -146,9 +146,9 @@ def difference(a: np.ndarray, b: np.ndarray, fp32: np.ndarray) -> dict:
 
     :param a: radii [seeds of a, images]; ``b`` likewise
     """
-    by_image = (a.mean(0) - b.mean(0)) / fp32.mean()
+    ratio, over_images = ratio_of_means(a.mean(0) - b.mean(0), fp32)
     seeds = sum(runs.mean(1).var(ddof=1) / len(runs) for runs in (a, b) if len(runs) > 1) / fp32.mean() ** 2
-    return {"mean": float(by_image.mean()), "standard_error": float(np.sqrt(by_image.var(ddof=1) / len(by_image) + seeds))}
+    return {"mean": ratio, "standard_error": float(np.sqrt(over_images**2 + seeds))}
 
 
 def confirmed_ratio(metrics: dict) -> float | None:

@@ -45,7 +45,7 @@ def parse():
         parser.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the training passes")
     parser.add_argument("--every", type=command_line.whole(1), default=20, help="certify on every so many-th test image")
-    parser.add_argument("--n", type=command_line.whole(1), default=1_000, help="noise samples that count a class")
+    parser.add_argument("--n", type=command_line.whole(10), default=1_000, help="noise samples that count a class")
     parser.add_argument("--compile", action="store_true", help="compile for training and certification (needs a C++ compiler)")
     parser.add_argument(
         "--integer", action="store_true", help="certify a quantized network on integer kernels (needs an x86 CPU with VNNI)"

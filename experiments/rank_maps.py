@@ -5,9 +5,9 @@ certified on reward images that the in-loop evaluation does not see. Stop it at 
 lines beside the result, and the same command goes on there.
 """
 
+import concurrent.futures
 import dataclasses
 import json
-import multiprocessing
 import time
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from agents.finishing import workers
 from arq_env import ArqError, command_line
 from arq_env.bitwidths import Bits
 from arq_env.certification import certify
@@ -40,7 +41,7 @@ def parse():
     parser.add_argument("--training", default="gaussian", help="of the base network")
     parser.add_argument("--steps", type=command_line.whole(1), default=128, help="batches of fine-tuning")
     parser.add_argument(
-        "--n", type=command_line.whole(1), default=32, help="noise samples that count a class of a finished network"
+        "--n", type=command_line.whole(5), default=32, help="noise samples that count a class of a finished network"
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
     command_line.add_processes(parser, "maps", default=torch.get_num_threads())
@@ -116,14 +117,10 @@ class Worker:
 worker: Worker | None = None
 
 
-def start_worker(options) -> None:
-    """Called in each process before its first map."""
-    global worker
-    worker = Worker(options)
-
-
-def do_map(index: int) -> dict:
+def do_map(options, index: int) -> dict:
     """What a process does with an index."""
+    global worker
+    worker = worker or Worker(options)
     return worker.map(index)
 
 
@@ -152,11 +149,12 @@ def main():
     records = read(lines, settings)
     wanted = [index for index in range(options.maps) if index not in {record["index"] for record in records}]
     if wanted:
-        with multiprocessing.get_context("spawn").Pool(options.processes, start_worker, (options,)) as pool:
-            for record in tqdm(pool.imap_unordered(do_map, wanted), total=len(wanted), desc="maps", smoothing=0):
-                records.append(record)
+        with workers(options.processes) as pool:
+            found = concurrent.futures.as_completed([pool.submit(do_map, options, index) for index in wanted])
+            for future in tqdm(found, total=len(wanted), desc="maps", smoothing=0):
+                records.append(future.result())
                 with open(lines, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(records[-1]) + "\n")
     records = sorted((r for r in records if r["index"] < options.maps), key=lambda r: r["index"])
     document = {"settings": settings, "judging_images": JUDGES, "all": agreement(records)}
     for budget in options.budgets:

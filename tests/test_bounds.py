@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from arq_env.certification import clopper_pearson_lower, smoothing_radius
+from arq_env import ArqError
+from arq_env.certification import (
+    betting_lower,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    randomized_clopper_pearson_lower,
+    smoothing_radius,
+)
 
 
 def test_bound_at_its_ends():
@@ -30,3 +37,34 @@ def test_radius_is_the_quantile_and_never_negative():
     lower = np.array([0.0, 0.3, 0.5, 0.8, 0.999])
     expected = [0, 0, 0, 0.25 * stats.norm.ppf(0.8), 0.25 * stats.norm.ppf(0.999)]
     np.testing.assert_allclose(smoothing_radius(0.25, lower), expected)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: clopper_pearson_lower(11, 10, 0.01), "successes are up to 1 above n"),
+        (lambda: clopper_pearson_lower(-1, 10, 0.01), "successes is -1"),
+        (lambda: clopper_pearson_lower([1, np.nan], 10, 0.01), "successes is"),
+        (lambda: clopper_pearson_lower([1, 2], [10, 10, 10], 0.01), r"successes \(2,\) and n \(3,\)"),
+        (lambda: clopper_pearson_lower(1, np.inf, 0.01), "n is inf"),
+        (lambda: clopper_pearson_lower("1", 10, 0.01), "successes are of type <U1"),
+        (lambda: clopper_pearson_upper(11, 10, 0.01), "successes are up to"),
+        (lambda: clopper_pearson_upper(1, 10, 0), "alpha is 0"),
+        (lambda: randomized_clopper_pearson_lower(1, 10, 1.5, 0.01), "draw is 1.5"),
+        (lambda: betting_lower(1, 10, 0.01, (0, 1)), "prior is 0"),
+        (lambda: betting_lower(1, 10, 0.01, 3), "prior is not a pair"),
+        (lambda: smoothing_radius(-0.5, 0.9), "sigma is -0.5"),
+        (lambda: smoothing_radius(0.5, 1.01), "lower is 1.01"),
+        (lambda: smoothing_radius(0.5, np.nan), "lower is nan"),
+    ],
+)
+def test_what_is_no_count_and_no_probability_is_named(call, message):
+    with pytest.raises(ArqError, match=message):
+        call()
+
+
+def test_counts_of_small_integers_do_not_overflow():
+    counts = np.array([0, 3, 200], np.uint8)
+    np.testing.assert_array_equal(
+        clopper_pearson_lower(counts, 1_000, 0.01), clopper_pearson_lower(counts.astype(int), 1_000, 0.01)
+    )

@@ -116,7 +116,7 @@ def test_bad_logits_are_an_error_that_names_the_image(value, index):
         return np.where(np.abs(batch.mean((1, 2, 3)) - index / 20)[:, None] < 0.02, value, [[1.0, 0.0]])
 
     with pytest.raises(ArqError, match=f"image {index}:"):
-        certify(broken, images, np.zeros(20), sigma=1e-4, n0=2, n=2)
+        certify(broken, images, np.zeros(20), sigma=1e-4, n0=2, n=4, alpha=0.1)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_count_at_its_ends(images):
 
 def test_ties_select_the_smallest_class(images):
     alternate = itertools.cycle([2, 1])
-    got = certify(lambda batch: np.array([next(alternate) for _ in batch]), images[:1], [1], sigma=0.5, n0=8, n=8)
+    got = certify(lambda batch: np.array([next(alternate) for _ in batch]), images[:1], [1], sigma=0.5, n0=8, n=8, alpha=0.1)
     assert got.prediction[0] == ABSTAINED  # 4 of 8 for class 1
 
 
@@ -251,6 +251,11 @@ def test_modules_get_the_memory_layout_of_their_kernels():
     layouts.clear()
     assert table(certify(network.to(memory_format=torch.channels_last), images, [0, 0], **SETTINGS)) == table(plain)
     assert not any(layouts)
+    kernel = network.conv.weight.detach()
+    del network.conv.weight
+    network.conv.register_buffer("weight", kernel)  # as in a quantized layer
+    layouts.clear()
+    assert table(certify(network, images, [0, 0], **SETTINGS)) == table(plain) and not any(layouts)
 
 
 def test_numpy_numbers_and_unusual_modules_can_be_logged(images, tmp_path):

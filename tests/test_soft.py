@@ -18,6 +18,7 @@ class Hyperplane(nn.Module):
         super().__init__()
         self.normal = nn.Parameter(torch.ones(3 * 8 * 8) / np.sqrt(3 * 8 * 8))
         self.sharpness = sharpness
+        self.eval()
 
     def forward(self, images):
         distance = (images.flatten(1) - 0.5) @ self.normal
@@ -70,6 +71,7 @@ class Scaled(nn.Module):
     def __init__(self, network, scale: float):
         super().__init__()
         self.network, self.scale = network, scale
+        self.eval()
 
     def forward(self, images):
         return self.scale * self.network(images)
@@ -107,3 +109,38 @@ def test_nan_logits_are_an_error():
     images, labels = toy_problem().test_images(every=20)
     with pytest.raises(ArqError, match="NaN"):
         soft_radius(network, images, labels, sigma=SIGMA, n=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": np.array([-1, 0])}, "whole numbers from 0$"),
+        ({"labels": np.array([0, 2])}, "label 2 and logits of 2 classes"),
+        ({"labels": np.array([[0], [1]])}, "one label an image"),
+        ({"labels": np.array([0.5, 1])}, "whole numbers"),
+        ({"images": torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)}, "images are uint8"),
+        ({"images": torch.full((2, 3, 8, 8), 200.0)}, r"give images in \[0, 1\]"),
+        ({"images": torch.rand(2, 3 * 8 * 8)}, "as \\[n, c, h, w\\]"),
+        ({"network": Hyperplane(1).train()}, "training mode"),
+        ({"network": len}, "torch module"),
+        ({"network": nn.Sequential(nn.Flatten(), nn.Linear(192, 1)).eval()}, "two classes or more"),
+        ({"network": nn.Sequential(nn.Flatten(), nn.Linear(192, 2), nn.Flatten(0)).eval()}, "for 4 images"),
+        ({"sigma": 0}, "sigma is 0"),
+        ({"n": 0.5}, "n is 0.5"),
+        ({"n": 1e8}, "smaller n or fewer images"),
+        ({"seed": -1}, "seed is -1"),
+        ({"entropy": -0.1}, "entropy is -0.1"),
+    ],
+)
+def test_what_has_no_soft_radius(change, message):
+    arguments = {"network": Hyperplane(1), "images": torch.rand(2, 3, 8, 8), "labels": np.array([0, 1]), "sigma": SIGMA, "n": 2}
+    with pytest.raises(ArqError, match=message):
+        soft_radius(**arguments | change)
+
+
+def test_arrays_and_other_types_are_taken():
+    images, labels = torch.rand(2, 3, 8, 8), np.array([0, 1])
+    expected = soft_radius(Hyperplane(1), images, labels, sigma=SIGMA, n=2).tolist()
+    others = [(images.numpy(), [0, 1]), (images.double().requires_grad_(), torch.ones(2).cumsum(0) - 1)]
+    for same in others:
+        assert soft_radius(Hyperplane(1), *same, sigma=SIGMA, n=2.0).tolist() == expected

@@ -10,6 +10,7 @@ from arq_env.certification.bounds import (
 from arq_env.certification.cache import PredictionCache, cache_predictions
 from arq_env.certification.certificates import ABSTAINED, Certificates
 from arq_env.certification.compiled import CompiledNetwork
+from arq_env.certification.digest import network_digest
 from arq_env.certification.methods import METHODS
 from arq_env.certification.smoothing import certify, estimate_seconds
 from arq_env.certification.soft import soft_radius, softmax_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "estimate_seconds",
+    "network_digest",
     "randomized_clopper_pearson_lower",
     "smoothing_radius",
     "soft_radius",

@@ -1,7 +1,17 @@
-"""Lower and upper confidence bounds on a binomial proportion, and the radius they give."""
+"""Lower and upper confidence bounds on a binomial proportion, and the radius they give.
+
+Arguments are numbers or arrays that broadcast against each other. All functions raise an ArqError that names the argument which
+is out of its range.
+"""
 
 import numpy as np
 from scipy import special, stats
+
+from arq_env.certification.inputs import checked_alpha, checked_sigma, reals
+from arq_env.errors import ArqError
+
+#: Counts above this are not exact in float64.
+_MOST = 2.0**53
 
 
 def clopper_pearson_lower(successes, n, alpha):
@@ -9,12 +19,14 @@ def clopper_pearson_lower(successes, n, alpha):
 
     :param successes: k, any shape, 0 <= k <= n
     :param n: number of draws, broadcast against ``successes``
+    :param alpha: probability of failure, one number in (0, 1)
     :return: float64 of the same shape, in [0, 1]
 
     >>> round(float(clopper_pearson_lower(100, 100, 0.001)), 4)  # alpha ** (1 / n)
     0.9333
     """
-    successes = np.asarray(successes)
+    successes, n = _counts(successes, n)
+    alpha = checked_alpha(alpha)
     # scipy's quantile is undefined at k = 0, where the bound is 0
     quantile = stats.beta.ppf(alpha, np.maximum(successes, 1), n - successes + 1)
     return np.where(successes > 0, quantile, 0.0)
@@ -26,7 +38,8 @@ def clopper_pearson_upper(successes, n, alpha):
     >>> round(float(clopper_pearson_upper(0, 100, 0.001)), 4)
     0.0667
     """
-    return 1 - clopper_pearson_lower(n - np.asarray(successes), n, alpha)
+    successes, n = _counts(successes, n)
+    return 1 - clopper_pearson_lower(n - successes, n, alpha)
 
 
 def randomized_clopper_pearson_lower(successes, n, draw, alpha):
@@ -38,9 +51,11 @@ def randomized_clopper_pearson_lower(successes, n, draw, alpha):
     :param draw: W, one uniform draw from [0, 1] an entry, drawn before the count is known
 
     >>> round(float(randomized_clopper_pearson_lower(100, 100, 0.5, 0.001)), 4)  # (alpha / W) ** (1 / n)
-    0.9398
+    0.9397
     """
-    successes, draw = np.asarray(successes, np.float64), np.asarray(draw)
+    successes, n = _counts(successes, n)
+    alpha, draw = checked_alpha(alpha), reals("draw", draw, 0, 1, "uniform draws from [0, 1]")
+    _broadcast(successes=successes, draw=draw)
 
     def exceeds(p):
         above = np.where(successes < n, special.betainc(successes + 1, np.maximum(n - successes, 1), p), 0.0)
@@ -61,12 +76,14 @@ def betting_lower(successes, n, alpha, prior=(0.5, 0.5)):
     B(a + k, b + n - k) / B(a, b) / (p^k (1-p)^(n-k)); (1/2, 1/2) is the published bettor. What was known before the first
     draw that counts, such as an earlier sample, may go into the prior without touching validity.
 
-    :param prior: (a, b), numbers or arrays
+    :param prior: (a, b), positive numbers or arrays
 
     >>> float(betting_lower(1000, 1000, 0.001)) < float(clopper_pearson_lower(1000, 1000, 0.001))
     True
     """
-    successes, (a, b) = np.asarray(successes, np.float64), prior
+    successes, n = _counts(successes, n)
+    alpha, (a, b) = checked_alpha(alpha), _prior(prior)
+    _broadcast(successes=successes, a=a, b=b)
     failures = n - successes
     log_bets = special.betaln(a + successes, b + failures) - special.betaln(a, b)
 
@@ -75,6 +92,31 @@ def betting_lower(successes, n, alpha, prior=(0.5, 0.5)):
 
     # The wealth falls in p up to the observed share, where it is least.
     return _bisect(not_rejected, np.zeros_like(successes), successes / np.maximum(n, 1))
+
+
+def _counts(successes, n) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 arrays of one shape."""
+    n = reals("n", n, 0, _MOST, "a number of draws, not negative")
+    successes, n = _broadcast(successes=reals("successes", successes, 0, _MOST, "counts from 0 to n"), n=n)
+    if not (successes <= n).all():
+        raise ArqError(f"successes are up to {np.max(successes - n):g} above n: give counts from 0 to n")
+    return successes, n
+
+
+def _prior(prior) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        a, b = prior
+    except (TypeError, ValueError) as error:
+        raise ArqError("prior is not a pair: give (a, b), two positive numbers or arrays") from error
+    return tuple(reals("prior", end, np.finfo(float).tiny, _MOST, "two positive numbers or arrays") for end in (a, b))
+
+
+def _broadcast(**arrays) -> list[np.ndarray]:
+    try:
+        return np.broadcast_arrays(*arrays.values())
+    except ValueError as error:
+        shapes = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ArqError(f"the shapes {shapes} do not broadcast: give numbers, or arrays of one shape") from error
 
 
 def _bisect(holds, low, high):
@@ -92,6 +134,9 @@ def smoothing_radius(sigma: float, lower):
 
     Cohen et al. 2019, theorem 1 and the remark after it (bound of the runner-up by 1 - lower).
 
-    :param lower: lower bound on the probability of the top class
+    :param sigma: standard deviation of the noise, in the units of the pixels; as everywhere from 1e-6 to 1e6
+    :param lower: lower bound on the probability of the top class, at most 1 (where the radius is infinite)
+    :return: float64 of the shape of ``lower``, in the units of sigma
     """
+    sigma, lower = checked_sigma(sigma), reals("lower", lower, -np.inf, 1, "bounds on a probability, at most 1")
     return np.where(lower > 0.5, sigma * stats.norm.ppf(np.maximum(lower, 0.5)), 0.0)

@@ -1,17 +1,25 @@
 """What incremental certification remembers of the original network: per image its class, its counts, its predictions."""
 
 import functools
+import os
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from arq_env.certification.chunks import checked_images, classifier_digest, no_progress, run_in_chunks
+from arq_env.certification.chunks import checked_run, no_progress, run_in_chunks
+from arq_env.certification.digest import classifier_digest
+from arq_env.certification.inputs import checked_name, checked_path
 from arq_env.certification.sampling import BLOCK, ESTIMATION
 from arq_env.errors import ArqError
 from arq_env.files import atomic_file, sha256
+
+#: Most predictions of a cache, of a byte each where there are at most 256 classes.
+MOST_PREDICTIONS = 10**10
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,14 @@ class PredictionCache:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 fields = {name: stored[name] for name in cls.__dataclass_fields__}
             fields["digests"] = fields["digests"].tolist()
-            return cls(**{name: value.item() if getattr(value, "ndim", 1) == 0 else value for name, value in fields.items()})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            cache = cls(**{name: value.item() if getattr(value, "ndim", 1) == 0 else value for name, value in fields.items()})
+            images, n = cache.predictions.shape
+            if not cache.classes.shape == cache.counts.shape == (images,) or len(cache.digests) != images or n == 0:
+                raise ValueError("its arrays do not belong together")
+            if not (cache.counts == (cache.predictions == cache.classes[:, None]).sum(1)).all():
+                raise ValueError("its counts are not those of its predictions")
+            return cache
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise ArqError(f"{path} is not a prediction cache ({error}): make it again with cache_predictions") from error
 
 
@@ -110,43 +124,50 @@ def cache_predictions(
 
     :param path: file to keep the cache in; one that is there is read instead of made again
     :param name: for a plain function with a ``path``: what tells it from another
-    :raises ArqError: for arguments out of range, and for a file made with another network, sigma, seed, n0, n or images
+    :raises ArqError: for arguments out of range, for a ``map`` that does not give each result once, and for a file made with
+        another network, sigma, seed, n0, n or images
     """
-    pixels, device = checked_images(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size)
+    run = checked_run(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size, map=map, progress=progress)
+    if len(run.pixels) * run.n > MOST_PREDICTIONS:
+        raise ArqError(
+            f"n is {run.n:,} for {len(run.pixels):,} images: a cache keeps at most {MOST_PREDICTIONS:,} predictions in all, so "
+            "give a smaller n or fewer images"
+        )
+    path = None if path is None else checked_path("path", path)
     tied_to = {
-        "digests": [sha256(np.ascontiguousarray(image)) for image in pixels],
-        "sigma": float(sigma),
-        "seed": seed,
-        "n0": n0,
-        "network": "" if path is None else classifier_digest(classifier, name),
+        "digests": [sha256(np.ascontiguousarray(image)) for image in run.pixels],
+        "sigma": run.sigma,
+        "seed": run.seed,
+        "n0": run.n0,
+        "network": "" if path is None else classifier_digest(classifier, checked_name(name)),
     }
-    if path is not None and Path(path).exists():
+    if path is not None and os.path.lexists(path):
         cache = PredictionCache.load(path)
-        for name, value in (tied_to | {"n": n}).items():
-            if getattr(cache, name) != value:
-                what = "other images" if name == "digests" else f"another {name}"
+        for field, value in (tied_to | {"n": run.n}).items():
+            if getattr(cache, field) != value:
+                what = "other images" if field == "digests" else f"another {field}"
                 raise ArqError(f"{path} was made with {what}: choose another file for this cache")
         return cache
-    chunks = run_in_chunks(
-        functools.partial(_predict, n0=n0, n=n),
-        classifier,
-        pixels,
-        device,
-        np.arange(len(pixels)),
-        sigma=sigma,
-        seed=seed,
-        n=n,
-        batch_size=batch_size,
-        map=map,
-        progress=progress,
-    )
-    parts = [result for _, result, _ in sorted(chunks, key=lambda chunk: chunk[0][0])]  # map may be unordered
+    if path is not None:
+        _check_writable(path)  # before the work instead of after it
+    chunks = run_in_chunks(functools.partial(_predict, n0=run.n0, n=run.n), run, np.arange(len(run.pixels)))
+    parts = [done.result for done in sorted(chunks, key=lambda done: done.rows[0])]  # map may be unordered
     classes, predictions = (np.concatenate(column) for column in zip(*parts, strict=True))
     counts = (predictions == classes[:, None]).sum(1)
     cache = PredictionCache(classes, counts, predictions, **tied_to)
     if path is not None:
         cache.save(path)
     return cache
+
+
+def _check_writable(path: Path) -> None:
+    """Raise an ArqError unless a file can be made beside this one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ArqError(f"cannot write {path} ({error.strerror or error}): choose another file for the cache") from error
 
 
 def _predict(sampler, rows, beside, *, n0, n):

@@ -1,9 +1,13 @@
 """A network compiled for a great many forward passes."""
 
+import copy
+
 import torch
 from torch._inductor import config as inductor
 
-from arq_env.certification.chunks import classifier_digest
+from arq_env.certification.digest import network_digest
+from arq_env.certification.inputs import shown, whole
+from arq_env.errors import ArqError
 
 
 class CompiledNetwork(torch.nn.Module):
@@ -15,11 +19,14 @@ class CompiledNetwork(torch.nn.Module):
 
     :param network: in evaluation mode; changing its weights afterwards has no effect
     :param batch_size: images of a forward pass
+    :raises ArqError: unless these are a torch module and a whole number from 1
     """
 
     def __init__(self, network: torch.nn.Module, batch_size: int = 16):
         super().__init__()
-        self.network, self.batch_size = network, batch_size
+        if not isinstance(network, torch.nn.Module):
+            raise ArqError(f"network is {shown(network)}: give a torch module")
+        self.network, self.batch_size = network, whole("batch_size", batch_size, 1, 2**31 - 1)
         self._compiled = torch.compile(network, dynamic=False)
         self.eval()
 
@@ -33,6 +40,12 @@ class CompiledNetwork(torch.nn.Module):
         with inductor.patch(freezing=True):
             return self._compiled(filled)[: len(images)]
 
+    def __copy__(self):
+        return CompiledNetwork(self.network, self.batch_size)
+
+    def __deepcopy__(self, memo):
+        return CompiledNetwork(copy.deepcopy(self.network, memo), self.batch_size)
+
     def __reduce__(self):
         return _in_this_process, (self.network, self.batch_size)
 
@@ -42,9 +55,9 @@ _latest: dict[tuple[str, int], CompiledNetwork] = {}
 
 
 def _in_this_process(network: torch.nn.Module, batch_size: int) -> CompiledNetwork:
-    """What arrives with every task of a ``map`` is the same network: keep its compilation."""
-    key = classifier_digest(network), batch_size
-    if key not in _latest:
+    """What arrives with every task of a ``map`` is the same network: keep its compilation, as long as it is unchanged."""
+    key = network_digest(network), batch_size
+    if key not in _latest or network_digest(_latest[key].network) != key[0]:
         _latest.clear()
         _latest[key] = CompiledNetwork(network, batch_size)
     return _latest[key]

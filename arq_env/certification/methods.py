@@ -170,6 +170,25 @@ def _replay(sampler, labels, request, harm):
     return cached.classes, lower, _all(labels, request.n), _no_draw(labels)
 
 
+def can_certify(method: str, request: Request, cached: int | None) -> bool:
+    """Whether an image of which every sample says the same is certified: if not, every image is abstained on.
+
+    :param cached: the cache's n, for the methods that have one
+    """
+    n, alpha = request.n, request.alpha
+    target = 0.0 if request.radius is None else stats.norm.cdf(request.radius / request.sigma)
+    if method == "randomized":
+        lower = (alpha / min(2 * alpha, 1)) ** (1 / n)  # with the least draw that there is
+    elif request.radius is not None:
+        lower = betting_lower(n, n, alpha, (request.n0 + 0.5, 0.5))
+    elif cached is not None:
+        before, now = (alpha / 2) ** (1 / cached), (alpha / 2) ** (1 / n)
+        lower = now if before >= request.gamma else before + now - 1
+    else:
+        lower = alpha ** (1 / n)
+    return bool(lower > 0.5 and lower >= target)
+
+
 def _hopeful(selected, labels) -> np.ndarray:
     """Indices of the images whose selected class is not known to be wrong: only their radius can count."""
     return np.flatnonzero((selected == labels) | (labels < 0))

@@ -1,10 +1,11 @@
 """Noisy copies of images and what a classifier makes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
+from arq_env.certification.inputs import MOST_LABEL, as_array, first_line
 from arq_env.errors import ArqError
 from arq_env.files import sha256
 
@@ -46,8 +47,11 @@ class Sampler:
 
     def select(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The class that ``n`` noisy copies of each image get most often, the smallest at a tie, and how often."""
-        votes = [np.bincount(row) for row in self.predict(SELECTION, n)]
-        return np.array([v.argmax() for v in votes]), np.array([v.max() for v in votes])
+        selected, most = np.empty(len(self), np.int64), np.empty(len(self), np.int64)
+        for row, predictions in enumerate(self.predict(SELECTION, n)):
+            classes, votes = np.unique(predictions, return_counts=True)
+            selected[row], most[row] = classes[votes.argmax()], votes.max()
+        return selected, most
 
     def count(self, purpose: int, n: int, classes, rows=None) -> np.ndarray:
         """How many of ``n`` further noisy copies get the class given for their image: int64 [rows]."""
@@ -81,30 +85,65 @@ class Sampler:
     @torch.inference_mode()
     def _classes(self, batch: np.ndarray, rows) -> np.ndarray:
         """Run the classifier on one batch: int64 [b]."""
-        output = self.classifier(batch if self.device is None else torch.from_numpy(batch).to(self.device))
-        if isinstance(output, torch.Tensor):
-            output = output.float().cpu().numpy() if output.is_floating_point() else output.cpu().numpy()
-        output = np.asarray(output)
-        logits = output.ndim == 2 and output.shape[1] > 1
-        labels = output.ndim == 1 and (not np.isfinite(output).all() or np.issubdtype(output.dtype, np.integer))
-        if not (logits or labels) or len(output) != len(batch):
-            raise ArqError(
-                f"the classifier gave {output.dtype} of shape {output.shape} for {len(batch)} images: it must give logits "
-                "[b, classes] of two classes or more, or whole numbers [b] as labels"
-            )
+        given = batch if self.device is None else torch.from_numpy(batch).to(self.device)
+        output = as_output(call(self.classifier, given), len(batch))
+        labels = output.ndim == 1
         finite = np.isfinite(output).reshape(len(output), -1).all(axis=1)
         if not finite.all():
             raise ArqError(
                 f"the classifier gave NaN or infinite output for noisy copies of image {self.indices[rows[~finite][0]]}: "
                 "nothing is certified for it"
             )
-        if labels and output.min() < 0:
-            raise ArqError(f"the classifier gave label {output.min()}: labels are whole numbers from 0")
+        if labels and not 0 <= output.min() <= output.max() <= MOST_LABEL:
+            bad = output.min() if output.min() < 0 else output.max()
+            raise ArqError(f"the classifier gave label {bad}: labels are whole numbers from 0 to {MOST_LABEL:,}")
         return output.astype(np.int64) if labels else output.argmax(axis=1)
+
+
+def call(classifier: Callable, batch):
+    """What a classifier says of a batch.
+
+    :raises ArqError: where torch fails in a module, in one sentence with torch's own words
+    """
+    try:
+        return classifier(batch)
+    except RuntimeError as error:
+        if not isinstance(classifier, torch.nn.Module):
+            raise
+        kinds = {str(p.dtype).removeprefix("torch.") for p in classifier.parameters() if p.is_floating_point()} - {"float32"}
+        hint = f"convert its {' and '.join(sorted(kinds))} weights with float()" if kinds else "it gets float32 and no gradients"
+        raise ArqError(f"the classifier failed on a batch of shape {tuple(batch.shape)} ({first_line(error)}): {hint}") from error
+
+
+def as_output(output, images: int) -> np.ndarray:
+    """A classifier's output as an array: logits [b, classes], or labels [b]; either may still hold NaN.
+
+    :raises ArqError: for anything else
+    """
+    if isinstance(output, (tuple, Mapping)):
+        raise ArqError(
+            f"the classifier gave a {type(output).__name__} of {len(output)} entries: it must give logits [b, classes] or labels "
+            "[b] alone, so wrap it in a torch module that returns that one of them"
+        )
+    if isinstance(output, torch.Tensor) and output.is_floating_point():
+        output = output.float()
+    output = as_array("the classifier's outputs", output)
+    logits = output.ndim == 2 and output.shape[1] > 1
+    labels = output.ndim == 1 and (not np.isfinite(output).all() or np.issubdtype(output.dtype, np.integer))
+    if not (logits or labels) or len(output) != images:
+        raise ArqError(
+            f"the classifier gave {output.dtype} of shape {output.shape} for {images} images: it must give logits "
+            "[b, classes] of two classes or more, or whole numbers [b] as labels"
+        )
+    return output
 
 
 def _reads_channels_last(classifier: Callable) -> bool:
     """Whether a module's convolutions are laid out channels-last, which their batches then are too (faster on a CPU)."""
-    parameters = classifier.parameters() if isinstance(classifier, torch.nn.Module) else ()
-    kernels = [p for p in parameters if p.dim() == 4 and min(p.shape[1], p.shape[2] * p.shape[3]) > 1]
-    return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    if not isinstance(classifier, torch.nn.Module):
+        return False
+    # Kernels that were quantized may be buffers.
+    held = (classifier.parameters(), classifier.buffers())
+    kernels, codes = ([t for t in some if t.dim() == 4 and min(t.shape[1], t.shape[2] * t.shape[3]) > 1] for some in held)
+    kernels = kernels or codes
+    return bool(kernels) and all(t.is_contiguous(memory_format=torch.channels_last) for t in kernels)

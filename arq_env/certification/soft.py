@@ -4,6 +4,18 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
+from arq_env.certification.inputs import (
+    MOST_SEED,
+    checked_classifier,
+    checked_labels,
+    checked_pixels,
+    checked_sigma,
+    device_of,
+    real,
+    shown,
+    whole,
+)
+from arq_env.certification.sampling import as_output, call
 from arq_env.errors import ArqError
 
 #: Images whose noise is drawn together; fixed, so that the noise does not depend on the device.
@@ -12,6 +24,8 @@ IMAGES_AT_ONCE = 32
 MARGIN = 1e-4
 #: Logits are multiplied by no less and no more than these to reach an entropy.
 SCALES = (0.01, 100.0)
+#: Most noisy images in all, and most noise values drawn together (8 GiB).
+MOST_SAMPLES, MOST_VALUES = 10**8, 2**31
 
 
 def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0, entropy: float | None = None) -> np.ndarray:
@@ -27,16 +41,24 @@ def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0,
     mean entropy (temperature scaling, Guo et al. 2017, fitted to a level of confidence instead of labels).
 
     :param network: torch module in evaluation mode, from images [b, c, h, w] to logits [b, classes]
-    :param images: float tensor [n, c, h, w] in [0, 1]
-    :param labels: [n] whole numbers
+    :param images: [n, c, h, w] in [0, 1], a tensor or an array
+    :param labels: [n] whole numbers, each a class of the network's; none is unknown
     :param sigma: standard deviation of the noise, in units of pixels in [0, 1]
-    :param n: noise samples an image; the same for every network with the same ``seed``
+    :param n: noise samples an image, from 1; the same for every network with the same ``seed``
     :param entropy: mean entropy to compare at, in nats, such as :func:`softmax_entropy` of the network to compare with; None
         takes the logits as they are
     :return: float64 [n], in the units of the pixels; negative where another class is ahead
-    :raises ArqError: for NaN or infinite logits
+    :raises ArqError: for arguments out of range, for anything but finite logits of two classes or more, and for labels that these
+        do not have
     """
+    pixels = checked_pixels(images)
+    labels = checked_labels(labels, len(pixels), unknown=False)
+    if entropy is not None:
+        entropy = real("entropy", entropy, lambda value: value >= 0, "a mean entropy in nats, not negative")
     logits = noisy_logits(network, images, sigma=sigma, n=n, seed=seed)
+    if labels.max() >= logits.shape[-1]:
+        raise ArqError(f"there is a label {labels.max()} and logits of {logits.shape[-1]} classes: labels count from 0")
+    sigma = checked_sigma(sigma)
     if entropy is not None:
         logits = logits * scale_for_entropy(logits, entropy)
     mean = logits.softmax(-1).mean(1).numpy()
@@ -49,7 +71,7 @@ def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0,
 def softmax_entropy(network, images, *, sigma: float, n: int, seed: int = 0) -> float:
     """How unsure a network is: the mean entropy of its softmax, in nats, on the noise that :func:`soft_radius` draws.
 
-    :raises ArqError: for NaN or infinite logits
+    :raises ArqError: for arguments out of range, and for anything but finite logits of two classes or more
     """
     return mean_entropy(noisy_logits(network, images, sigma=sigma, n=n, seed=seed))
 
@@ -58,21 +80,43 @@ def softmax_entropy(network, images, *, sigma: float, n: int, seed: int = 0) -> 
 def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.Tensor:
     """What a network says of n noisy copies of each image, float64 [images, n, classes] on the CPU.
 
-    :raises ArqError: where that is NaN or infinite
+    :raises ArqError: where that is NaN or infinite, for anything but logits, and for arguments out of range
     """
-    device = next(network.parameters()).device
+    checked_classifier(network)
+    if not isinstance(network, torch.nn.Module):
+        raise ArqError(f"network is {shown(network)}: give a torch module, which is what a soft radius is estimated for")
+    sigma, n, seed = checked_sigma(sigma), whole("n", n, 1, MOST_SAMPLES), whole("seed", seed, 0, MOST_SEED)
+    images = torch.from_numpy(np.array(checked_pixels(images), order="C"))
+    if images.dim() != 4:
+        raise ArqError(f"images have shape {tuple(images.shape)}: give them as [n, c, h, w]")
+    if len(images) * n > MOST_SAMPLES or images[:IMAGES_AT_ONCE].numel() * n > MOST_VALUES:
+        raise ArqError(
+            f"n is {n:,} for {len(images):,} images of shape {tuple(images.shape[1:])}: give a smaller n or fewer images"
+        )
+    device = device_of(network)
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for part in images.split(IMAGES_AT_ONCE):
-        noisy = part.cpu() + sigma * torch.randn((n, *part.shape), generator=generator)
+        noisy = part + sigma * torch.randn((n, *part.shape), generator=generator)
         noisy = noisy.flatten(0, 1).to(device, memory_format=torch.channels_last)
         size = IMAGES_AT_ONCE if device.type == "cpu" else len(noisy)  # larger batches overflow a CPU's caches
-        logits = torch.cat([network(batch) for batch in noisy.split(size)])
+        logits = torch.cat([_logits(network, batch) for batch in noisy.split(size)])
         parts.append(logits.double().cpu().unflatten(0, (n, len(part))).transpose(0, 1))
     logits = torch.cat(parts)
     if not logits.isfinite().all():
         raise ArqError("the network gave NaN or infinite logits: no radius can be estimated")
     return logits
+
+
+def _logits(network, batch) -> torch.Tensor:
+    """A network's logits for one batch, [b, classes]."""
+    output = call(network, batch)
+    logits = as_output(output, len(batch))
+    if logits.ndim != 2 or not isinstance(output, torch.Tensor):
+        raise ArqError(
+            f"the network gave {logits.dtype} of shape {logits.shape}: a soft radius needs a tensor of logits [b, classes]"
+        )
+    return output
 
 
 def scale_for_entropy(logits: torch.Tensor, entropy: float) -> float:

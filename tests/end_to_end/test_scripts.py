@@ -32,7 +32,7 @@ def test_help(called, name):
         (["--budget", "0.001"], ["least reachable is 0.004"]),
         (["--episodes", "0"], ["whole number from 1"]),
         (["--seed", "-1"], ["whole number from 0"]),
-        (["--test-n", "0"], ["whole number from 1"]),
+        (["--test-n", "0"], ["whole number from 10"]),
         (["--env", "CartPole-v1"], ["ARQ-ResNet20-v0"]),
         (["--budget", "much"], ["--budget"]),
         (["--device", "abacus"], ["cpu or cuda"]),
