@@ -1,21 +1,22 @@
 """What is being quantized: a network, its layers, its data and its noise level."""
 
-import hashlib
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map
+from arq_env.certification import network_digest
 from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
 from arq_env.errors import ArqError, reason
-from arq_env.files import read_json
+from arq_env.files import read_json, sha256
 from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.quantization.convert import check_conversion
@@ -52,11 +53,9 @@ class Problem:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the network's layers and weights: what an evaluation kept in a file belongs to."""
-        digest = hashlib.sha256(repr(self.layers).encode())
-        for name, tensor in self.network.state_dict().items():
-            digest.update(name.encode() + np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
-        return digest.hexdigest()
+        """SHA-256 of what the network computes with: what an evaluation kept in a file belongs to."""
+        known = self.card.get("digest", "")
+        return sha256((repr(self.layers) + repr(self.layers.kept) + network_digest(self.network, known)).encode())
 
     @cached_property
     def layers(self) -> Layers:
@@ -99,7 +98,7 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where the network lives."""
-        return next(self.network.parameters(), torch.empty(0)).device
+        return next(chain(self.network.parameters(), self.network.buffers()), torch.empty(0)).device
 
     def calibration_images(self, seed: int = 0) -> torch.Tensor:
         """1,280 training images, cropped and flipped as in training, with noise: float32 [n, c, h, w] on the device.

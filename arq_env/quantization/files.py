@@ -15,7 +15,7 @@ from arq_env.quantization.convert import copy_network
 from arq_env.quantization.exact import exact_norms
 from arq_env.quantization.integer import weight_codes
 from arq_env.quantization.modules import QuantizedLayer, replace_module
-from arq_env.quantization.quantizers import lowest_levels, weight_range
+from arq_env.quantization.quantizers import weight_range
 
 #: Largest distance of a weight from its level, as a share of its channel's largest: some roundings of float32.
 ROUNDING = 1e-6
@@ -84,19 +84,21 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
             if name in seen:
                 raise ArqError(f"{path} has layer {name!r} twice on its card: restore it or make it again")
             seen.add(name)
-            module = network.get_submodule(name)
-            if kind_of(module) is None:
-                raise ValueError(f"{name!r} is a {type(module).__name__} in the network")
-            if (fault := _fault(layer, module, state)) is not None:
+            original = network.get_submodule(name)
+            if kind_of(original) is None:
+                raise ArqError(
+                    f"{path} cannot be loaded: {name!r} is a {type(original).__name__} in the network, which is none to quantize"
+                )
+            module = QuantizedLayer(original, name)
+            if (fault := _fault(layer, state, original.weight.shape, module)) is not None:
                 raise ArqError(f"{path} cannot be loaded: layer {name!r} has {fault}; restore it or make it again")
-            module = QuantizedLayer(module, name)
             module.set_codes(
                 state[f"{name}.codes"],
                 state[f"{name}.weight_step"],
                 layer["weight_bits"],
                 state[f"{name}.activation_step"],
                 layer["activation_bits"],
-                lowest=layer["lowest_activation"],
+                lowest=_lowest(layer),
             )
             replace_module(network, name, module)
         give_state(network, state)
@@ -104,52 +106,54 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
         raise
     except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, IndexError, SafetensorError) as error:
         raise ArqError(f"{path} cannot be loaded ({reason(error)}): give a .safetensors file of a quantized network") from error
-    return exact_norms(channels_last(network.eval())), card
+    return channels_last(exact_norms(network.eval())), card
 
 
-def _fault(layer: dict, module: nn.Module, state: dict[str, torch.Tensor]) -> str | None:
+def _lowest(layer: dict) -> int:
+    """The least integer that a layer's input is rounded to; cards of the first version say only whether it is negative."""
+    if "lowest_activation" in layer:
+        return layer["lowest_activation"]
+    return 1 - 2 ** (layer["activation_bits"] - 1) if layer["signed_activations"] else 0
+
+
+def _fault(layer: dict, state: dict, shape: torch.Size, module: QuantizedLayer) -> str | None:
     """What is wrong with a layer of a file, as its card and its tensors say; None where all is well.
 
-    Files of the first version hold quantized weights in place of integers and steps, and their cards say only whether activations
-    are signed; both are brought to today's form here.
+    Weights of the first version, which are integers times steps, are taken apart in ``state``.
 
-    :param layer: its entry on the card
-    :param module: what the network has there
+    :param shape: of the weight that the network has there
     """
-    name = layer["name"]
     for key in ("weight_bits", "activation_bits"):
         if type(layer[key]) is not int or not MIN_BITS <= layer[key] <= MAX_BITS:
             return f"{key} {layer[key]!r}, which is no whole number from {MIN_BITS} to {MAX_BITS}"
-    bits, (low, high, distance) = layer["weight_bits"], weight_range(layer["weight_bits"])
-    if "lowest_activation" not in layer:
-        if type(layer["signed_activations"]) is not bool:
-            return f"signed_activations {layer['signed_activations']!r}, which is neither true nor false"
-        layer["lowest_activation"] = 1 - 2 ** (layer["activation_bits"] - 1) if layer["signed_activations"] else 0
-    if (
-        layer["lowest_activation"] not in [0, *lowest_levels(layer["activation_bits"])]
-        or type(layer["lowest_activation"]) is not int
-    ):
-        return f"lowest_activation {layer['lowest_activation']!r}, where {layer['activation_bits']} bits have no range that starts"
-    if f"{name}.weight" in state:
+    if type(layer.get("signed_activations", False)) is not bool:
+        return f"signed_activations {layer['signed_activations']!r}, which is neither true nor false"
+    if type(lowest := _lowest(layer)) is not int or not -(2 ** layer["activation_bits"]) < lowest <= 0:
+        return f"lowest_activation {lowest!r}, which {layer['activation_bits']} bits do not have"
+    name, bits = layer["name"], layer["weight_bits"]
+    if f"{name}.codes" not in state:
         weight = state.pop(f"{name}.weight")
         if weight.dtype != torch.float32 or not weight.isfinite().all():
-            return "weights that are no finite float32 numbers"
+            return "weights that are not float32, or NaN or infinite"
         try:
-            state[f"{name}.codes"], state[f"{name}.weight_step"] = codes, steps = weight_codes(weight, bits)
+            codes, steps = weight_codes(weight, bits)
         except ArqError as error:
             return f"other weights than its card says: {error}"
-        rows, whole = weight.flatten(1), codes.flatten(1) * steps[:, None]
-        if ((whole - rows).abs().amax(1) > ROUNDING * rows.abs().amax(1)).any():
-            return "other weights than its card says: some are between their levels"
-    codes = state[f"{name}.codes"]
-    if codes.dtype != torch.int8 or codes.shape != module.weight.shape:
-        return f"integers of {codes.dtype} and shape {tuple(codes.shape)}, where int8 and {tuple(module.weight.shape)} are right"
-    on_levels = (codes.int() >= low) & (codes.int() <= high) & ((codes.int() - low) % distance == 0)
-    if not (on_levels | (codes == 0).flatten(1).all(1).view(-1, *[1] * (codes.dim() - 1))).all():
-        return f"other weights than its card says: some are not among the levels that {bits} bits have"
-    outputs = getattr(module, "out_channels", None) or module.out_features
-    for key, shape in (("weight_step", (outputs,)), ("activation_step", ())):
-        step = state[f"{name}.{key}"]
-        if step.dtype != torch.float32 or step.shape != shape or not (step.isfinite() & (step > 0)).all():
-            return f"{key} {step.tolist()!r}, where positive float32 numbers of shape {shape} are right"
+        rows = weight.flatten(1)
+        off = (codes.flatten(1) * steps[:, None] - rows).abs().amax(1) > ROUNDING * rows.abs().amax(1)
+        if off.any():
+            return f"other weights than its card says: channel {int(off.nonzero()[0])} has some between its levels"
+        state[f"{name}.codes"], state[f"{name}.weight_step"] = codes, steps
+    codes, steps, step = (state[f"{name}.{key}"] for key in ("codes", "weight_step", "activation_step"))
+    if codes.dtype != torch.int8 or codes.shape != shape:
+        return f"weights of {codes.dtype} and shape {tuple(codes.shape)}, where they are integers (int8) of shape {tuple(shape)}"
+    rows = module.rows(codes)
+    for what, values, wanted in (("weight_step", steps, rows.shape[:1]), ("activation_step", step, ())):
+        if values.dtype != torch.float32 or values.shape != wanted or not (values.isfinite() & (values > 0)).all():
+            return f"no {what} of shape {tuple(wanted)} in float32, finite and positive"
+    low, high, distance = weight_range(bits)
+    off = (rows < low) | (rows > high) | ((rows - low) % distance != 0)
+    off &= (rows != 0).any(1, keepdim=True)  # a channel of nothing but zeros is on no level of 2 bits, and does no harm
+    if off.any():
+        return f"other weights than its card says: channel {int(off.any(1).nonzero()[0])} has some that {bits} bits do not have"
     return None
