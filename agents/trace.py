@@ -53,7 +53,20 @@ def append_episode(path: Path, episode: Episode) -> None:
 
 def count_episodes(path: Path) -> int:
     """How many episodes a trace holds, without reading what they found."""
-    return Path(path).read_bytes().count(b"\n") if Path(path).exists() else 0
+    return _read(path).count(b"\n")
+
+
+def _read(path: Path) -> bytes:
+    """All of a trace, nothing where there is none.
+
+    :raises ArqError: when it cannot be read
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ArqError(f"{path} cannot be read ({error.strerror}): choose another --output") from error
 
 
 def read_trace(path: Path) -> list[Episode]:
@@ -61,10 +74,8 @@ def read_trace(path: Path) -> list[Episode]:
 
     :raises ArqError: when another line cannot be read
     """
-    if not Path(path).exists():
-        return []
     episodes = []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = _read(path).decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
             fields = json.loads(line)

@@ -71,6 +71,7 @@ def test_last_step_tells_all(toy_env):
     assert set(info) == {
         "reward",
         "bit_widths",
+        "bits",
         "bops_fraction",
         "acr",
         "clean_accuracy",
@@ -83,6 +84,8 @@ def test_last_step_tells_all(toy_env):
     assert info["bops_fraction"] <= 0.03
     assert reward == pytest.approx(REWARD_SCALE * (info["acr"] / info["reference_acr"] - 1))
     assert 0 < info["reference_acr"] < 2 and 0 <= info["certified_accuracy"] <= info["clean_accuracy"] <= 1
+    bits = info.pop("bits")
+    assert bits.dtype == np.int64 and bits.tolist() == [list(pair) for pair in info["bit_widths"].values()]
     json.dumps(info)
 
 
@@ -143,8 +146,9 @@ def test_a_map_is_evaluated_once(toy_env):
     calls = []
     quantize = toy_env.evaluator.quantizer.quantize
     toy_env.evaluator.quantizer.quantize = lambda bits: calls.append(bits) or quantize(bits)
-    first, second = play(toy_env, (0, 0)), play(toy_env, (0, 0))
-    assert first == second and len(calls) == 1
+    (reward, first), (again, second) = play(toy_env, (0, 0)), play(toy_env, (0, 0))
+    assert not np.shares_memory(first.pop("bits"), second.pop("bits"))
+    assert (reward, first) == (again, second) and len(calls) == 1
     play(toy_env, (-1, -1))
     assert len(calls) == 2
 
@@ -183,8 +187,11 @@ def test_a_large_budget_leaves_a_choice():
 def test_end_bits():
     env = make_toy_env(end_bits=4)
     assert play(env, (0, 0))[1]["bit_widths"]["first"] == (4, 4)
-    with pytest.raises(ArqError, match="end_bits is 9"):
-        make_toy_env(end_bits=9)
+    assert env.reset()[0][13:15].tolist() == [0.5, 0.5]  # the layer before the first free one has them
+    assert type(make_toy_env(end_bits=np.int64(4)).end_bits) is int
+    for wrong in (9, 1, 8.0, True, "8", None, math.nan):
+        with pytest.raises(ArqError, match="end_bits is "):
+            make_toy_env(end_bits=wrong)
 
 
 def test_a_whole_episode_on_the_embedded_data():
