@@ -1,7 +1,5 @@
 """One agent for every budget: it learns on budgets drawn anew for each episode, and then answers for any of them."""
 
-import pickle
-import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -171,20 +169,13 @@ def load_agent(run: Path, env) -> tuple[OffPolicyAlgorithm, str]:
     agent = build_agent(name, seen_with(levers, env), seed=0, device="cpu", buffer_size=1)
     try:
         _, parameters, _ = load_from_zip_file(str(path), load_data=False, device="cpu")  # with torch's weights_only
-        agent.policy.load_state_dict(parameters["policy"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+        policy = parameters["policy"]
+    except Exception as error:  # of zipfile, zlib, pickle or torch, for whatever is in there
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise ArqError(f"{path} holds no agent that can be read ({reason}): train it again") from error
-    except RuntimeError as error:  # other sizes: with onehot of another network, else of another version
+    try:
+        agent.policy.load_state_dict(policy)
+    except (RuntimeError, TypeError, AttributeError) as error:  # other sizes: with onehot another network's, else another version's
         raise ArqError(
             f"the agent of {run} sees another network's layers one by one, or is of another version: train one without onehot to "
             "apply it here"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 
 import gymnasium
@@ -21,6 +22,8 @@ from arq_env.render import render_ansi, render_rgb
 REACH = 1
 #: Reward per unit of relative ACR: losing all of FP32's ACR gives -10.
 REWARD_SCALE = 10.0
+#: Characters of a network's, data set's or device's name, which become part of a file's.
+LONGEST_NAME = 64
 
 
 class ArqEnv(gymnasium.Env):
@@ -85,7 +88,8 @@ class ArqEnv(gymnasium.Env):
 
     ## Arguments
     `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, `render_mode`
-    (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
+    (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's
+    `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
     :class:`arq_env.evaluation.CertifierSettings`). The class itself takes a :class:`arq_env.problem.Problem`, which holds any
     network of Conv2d and Linear layers.
 
@@ -219,12 +223,12 @@ def next_bits(action, budget: BopsBudget, chosen: BitWidthMap) -> Bits:
     :param chosen: the bits of the free layers before it
     """
     try:
-        numbers = np.asarray(action)
+        pair = np.asarray(action)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors with gradients
         raise ArqError(f"the action cannot be read ({error}): give two finite numbers in [-1, 1]") from error
-    if numbers.shape != (2,) or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
-        raise ArqError(f"the action is {shown(action)}: give two finite numbers in [-1, 1]")
-    weight, activation = numbers.tolist()
+    if pair.shape != (2,) or pair.dtype.kind not in "iuf" or not np.isfinite(pair).all():
+        raise ArqError(f"the action is {action!r}: give two finite numbers in [-1, 1]")
+    weight, activation = pair.tolist()
     share = even_bits(budget, chosen)
     bits = (math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation))
     return budget.fit(Bits(*bits), chosen)
@@ -236,17 +240,11 @@ def budget_option(options) -> float | None:
     :raises ArqError: for another option, or when ``options`` is no dictionary
     """
     if not (options is None or isinstance(options, Mapping)):
-        raise ArqError(f"the reset options are {shown(options)}: give a dictionary, such as {{'budget': 0.01}}")
+        raise ArqError(f"the reset options are {options!r}: give a dictionary, such as {{'budget': 0.01}}")
     for name in options or {}:
         if name != "budget":
-            raise ArqError(f"there is no reset option {shown(name)}: the one option is 'budget'")
+            raise ArqError(f"there is no reset option {name!r}: the one option is 'budget'")
     return (options or {}).get("budget")
-
-
-def shown(value) -> str:
-    """How a mistake is quoted: on one line, and not at length."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def even_bits(budget: BopsBudget, chosen: BitWidthMap) -> float:
@@ -274,16 +272,15 @@ def make_env(
     known = [field.name for field in dataclasses.fields(CertifierSettings)]
     for name in settings:
         if name not in known:
-            raise ArqError(
-                f"there is no argument {name!r}: choose of sigma, training, budget, end_bits, device, {', '.join(known)}"
-            )
+            others = "sigma, training, budget, end_bits, device, render_mode"
+            raise ArqError(f"there is no argument {name!r}: choose of {others}, {', '.join(known)}")
     for name, value in (("network", network), ("dataset", dataset), ("training", training), ("device", device)):
-        if not isinstance(value, str):
-            raise ArqError(f"{name} is {shown(value)}: give a name")
-    if isinstance(sigma, bool):
-        raise ArqError(f"sigma is {sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
+        if not (isinstance(value, str) and len(value) <= LONGEST_NAME):
+            raise ArqError(f"{name} is {value!r}: give a name of at most {LONGEST_NAME} characters")
+    if isinstance(sigma, bool) or not (isinstance(sigma, numbers.Real) and 0 < sigma < 1e6):
+        raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
     certifier, human = CertifierSettings(**settings), isinstance(render_mode, str) and render_mode == "human"
-    problem = load_problem(network, dataset, sigma=sigma, training=training, device=device)
+    problem = load_problem(network, dataset, sigma=float(sigma), training=training, device=device)
     render_mode = "rgb_array" if human else render_mode
     env = ArqEnv(problem, budget=budget, end_bits=end_bits, settings=certifier, render_mode=render_mode)
     return gymnasium.wrappers.HumanRendering(env) if human else env
