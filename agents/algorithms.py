@@ -2,12 +2,11 @@
 
 import numpy as np
 from stable_baselines3 import DDPG, SAC, TD3
-from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.haq import HaqEnv, build_haq_agent
+from agents.haq import HaqEnv, build_haq_agent, warm_up_steps
 from arq_env.errors import ArqError
 
 ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
@@ -59,6 +58,7 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, no
 
     With ``gamma = 1`` and n-step returns over the whole episode, every sampled transition is learned from the certifier's
     reward itself and not from a bootstrapped guess at it; an episode is followed by as many gradient steps as it had steps.
+    ``n_steps`` makes SB3 choose its n-step buffer, with the algorithm's own ``gamma``.
 
     :param horizon: steps of an episode
     :param warm_up: episodes of random actions before the first gradient step
@@ -68,12 +68,11 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, no
     common = {
         "learning_rate": 1e-3,
         "buffer_size": 2_000 * horizon,
-        "learning_starts": max(warm_up * horizon - 1, 0),  # SB3 trains once it has *more* steps than this
+        "learning_starts": warm_up_steps(warm_up, horizon),
         "batch_size": 64,
         "tau": 0.01,
         "gamma": 1.0,
-        "replay_buffer_class": NStepReplayBuffer,
-        "replay_buffer_kwargs": {"n_steps": horizon, "gamma": 1.0},
+        "n_steps": horizon,
         "train_freq": (1, "episode"),
         "gradient_steps": -1,
         "policy_kwargs": {"net_arch": [300, 300]},

@@ -1,21 +1,23 @@
 """One agent for every budget: it learns on budgets drawn anew for each episode, and then answers for any of them."""
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+from gymnasium.utils import seeding
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
 
-from agents.algorithms import ALGORITHMS
+from agents.algorithms import ALGORITHMS, build_agent
 from agents.baselines import least_sensitive
 from agents.levers import seen_with, split_method
-from agents.run_folder import export_map, open_folder
+from agents.run_folder import export_map, open_folder, read_config
 from agents.search import learn, start
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, uniform
 from arq_env.budget import BopsBudget
+from arq_env.env import budget_option
 from arq_env.errors import ArqError
 from arq_env.files import write_json
 from arq_env.provenance import provenance
@@ -45,10 +47,9 @@ class DrawnBudget(gymnasium.Wrapper):
     def reset(self, *, seed=None, options=None):
         """Start an episode at a drawn budget, unless ``options`` name one."""
         if seed is not None:
-            self._rng = np.random.default_rng(seed)
-        if not (options or {}).get("budget"):
-            drawn = float(np.exp(self._rng.uniform(np.log(self.low), np.log(self.high))))
-            options = (options or {}) | {"budget": drawn}
+            self._rng, _ = seeding.np_random(seed)  # Gymnasium's error for what is no seed
+        if budget_option(options) is None:
+            options = {"budget": float(np.exp(self._rng.uniform(np.log(self.low), np.log(self.high))))}
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
@@ -136,21 +137,47 @@ def export_budgets(agent: OffPolicyAlgorithm, env, algorithm: str, budgets: list
         info = map_for_budget(agent, seen, budget)
         metrics = {key: info[key] for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr")}
         bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
-        export_map(folder / "maps" / f"{budget:g}", env, bit_widths, budget, metrics)
+        export_map(folder / "maps" / str(float(budget)), env, bit_widths, budget, metrics)
         rows.append({"budget": budget, "bops_fraction": info["bops_fraction"]} | metrics)
     write_json(folder / "budgets.json", {"rows": rows, "provenance": provenance()})
     lines = [f"{row['budget']:8.3%} {row['bops_fraction']:8.3%} {row['reward']:8.3f}" for row in rows]
     return "\n".join(["  budget     BOPs   reward", *lines])
 
 
-def load_agent(run: Path) -> tuple[OffPolicyAlgorithm, str]:
-    """The agent of a run folder, and what it was trained as.
+def read_agent_config(run: Path) -> dict:
+    """What ``config.json`` of an agent for all budgets says.
 
-    :raises ArqError: when there is none, or it was not trained on drawn budgets
+    :raises ArqError: when there is none, or it is not of such an agent
     """
+    config = read_config(run / "config.json")
+    if not isinstance(config.get("algorithm"), str) or "budgets" not in config:
+        raise ArqError(f"{run} holds no agent for all budgets: give the folder of train_any_budget.py")
+    return config
+
+
+def load_agent(run: Path, env) -> tuple[OffPolicyAlgorithm, str]:
+    """The agent of a run folder for an environment, and what it was trained as.
+
+    SB3's own ``load`` unpickles what is in ``agent.zip``, which can run any code; here an agent is built as in training, and takes
+    nothing from there but its policy's numbers.
+
+    :param env: where it is to choose maps; with the lever ``features`` sensitivities are measured there first
+    :raises ArqError: when there is none, it was not trained on drawn budgets, or it does not fit the environment
+    """
+    algorithm, path = read_agent_config(run)["algorithm"], run / "agent.zip"
+    name, levers = split_method(algorithm)
+    agent = build_agent(name, seen_with(levers, env), seed=0, device="cpu", buffer_size=1)
     try:
-        config = json.loads((run / "config.json").read_text())
-        algorithm, _ = config["algorithm"], config["budgets"]
-        return ALGORITHMS[split_method(algorithm)[0]].load(run / "agent.zip", device="cpu"), algorithm
-    except (OSError, ValueError, KeyError) as error:
-        raise ArqError(f"{run} holds no agent for all budgets ({error}): give the folder of train_any_budget.py") from error
+        _, parameters, _ = load_from_zip_file(str(path), load_data=False, device="cpu")  # with torch's weights_only
+        policy = parameters["policy"]
+    except Exception as error:  # of zipfile, zlib, pickle or torch, for whatever is in there
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise ArqError(f"{path} holds no agent that can be read ({reason}): train it again") from error
+    try:
+        agent.policy.load_state_dict(policy)
+    except (RuntimeError, TypeError, AttributeError) as error:  # other sizes: with onehot another network's, else another version's
+        raise ArqError(
+            f"the agent of {run} sees another network's layers one by one, or is of another version: train one without onehot to "
+            "apply it here"
+        ) from error
+    return agent, algorithm

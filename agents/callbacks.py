@@ -3,6 +3,7 @@
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.algorithms import DecayingNoise
 from agents.recorder import Recorder
 
 #: An action this close to -1 or 1 counts as being at the bounds.
@@ -27,4 +28,19 @@ class RecordEpisodes(BaseCallback):
             self.recorder.add(self.locals["infos"][0])
             self.logger.record("arq/actions_at_bounds", float((np.abs(self._actions) > AT_BOUNDS).mean()))
             self._actions.clear()
+        return True
+
+
+class ExplorationNoise(BaseCallback):
+    """Gives a model that has no action noise the searches' own, from its first episode on: for rl_zoo3's configuration.
+
+    rl_zoo3 builds every model of a sweep from one configuration, so that a noise in there would go on where the last model left it.
+    """
+
+    def _on_training_start(self) -> None:
+        if self.model.action_noise is None:
+            self.model.action_noise = DecayingNoise(self.training_env.action_space.shape[0])
+            self.model.action_noise.reset()
+
+    def _on_step(self) -> bool:
         return True

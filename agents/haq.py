@@ -30,6 +30,14 @@ BASELINE_RATE = 0.5
 REWARD_SAMPLES = 128
 
 
+def warm_up_steps(episodes: int, horizon: int) -> float:
+    """SB3's ``learning_starts`` for so many whole episodes of random actions, and gradient steps from the end of the last on.
+
+    SB3 plays at random while it has made *fewer* steps than this, and trains once it has made *more*: hence half a step less.
+    """
+    return max(episodes * horizon - 0.5, 0)
+
+
 class HaqEnv(gymnasium.Env):
     """HAQ's decision process: two steps a layer, absolute bits, the budget enforced when all is chosen.
 
@@ -154,21 +162,36 @@ class HaqDdpg(DDPG):
         return action, action
 
 
+def haq_hyperparameters(horizon: int) -> dict:
+    """HAQ's published hyperparameters, as keyword arguments of :class:`HaqDdpg`.
+
+    :param horizon: steps of an episode of :class:`HaqEnv`
+    """
+    return {
+        "buffer_size": 128 * horizon,
+        "learning_starts": warm_up_steps(WARM_UP_EPISODES, horizon),
+        "batch_size": 64,
+        "tau": 0.01,
+        "gamma": 1.0,
+        "train_freq": (1, "episode"),
+        "gradient_steps": -1,
+        "policy_kwargs": {"net_arch": [300, 300]},
+    }
+
+
+#: What else decides the reconstructed search, for its ``config.json``.
+CONSTANTS = {
+    "warm_up_episodes": WARM_UP_EPISODES,
+    "actor_rate": ACTOR_RATE,
+    "critic_rate": CRITIC_RATE,
+    "noise": NOISE,
+    "noise_decay": NOISE_DECAY,
+    "baseline_rate": BASELINE_RATE,
+    "reward_samples": REWARD_SAMPLES,
+}
+
+
 def build_haq_agent(env: gymnasium.Env, *, seed: int, device: str) -> HaqDdpg:
-    """HAQ's agent with its published hyperparameters, for a :class:`HaqEnv`."""
-    horizon = env.get_wrapper_attr("horizon")
-    return HaqDdpg(
-        "MlpPolicy",
-        env,
-        buffer_size=128 * horizon,
-        learning_starts=WARM_UP_EPISODES * horizon - 1,
-        batch_size=64,
-        tau=0.01,
-        gamma=1.0,
-        replay_buffer_class=EpisodeRewardBuffer,
-        train_freq=(1, "episode"),
-        gradient_steps=-1,
-        policy_kwargs={"net_arch": [300, 300]},
-        seed=seed,
-        device=device,
-    )
+    """HAQ's agent for a :class:`HaqEnv`."""
+    settings = haq_hyperparameters(env.get_wrapper_attr("horizon"))
+    return HaqDdpg("MlpPolicy", env, replay_buffer_class=EpisodeRewardBuffer, seed=seed, device=device, **settings)

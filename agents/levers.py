@@ -39,7 +39,7 @@ from arq_env.sensitivity import MEASURED, places
 #: What :func:`agents.algorithms.build_agent` is told to do otherwise.
 CHANGES = {
     "demonstrations": {"warm_up": 0},
-    "onestep": {"replay_buffer_kwargs": {"n_steps": 1, "gamma": 1.0}},
+    "onestep": {"n_steps": 1},
     "onegradient": {"gradient_steps": 1},
     "steadynoise": {"noise_decay": 1.0},
 }
@@ -158,7 +158,7 @@ def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tu
             agent.replay_buffer.add(observation, following, action, np.array([reward]), np.array([terminated]), [{}])
             observation = following
         recorder.add(info)
-        recorder.logger.dump(len(recorder.done) * base.horizon)
+        recorder.logger.dump()
 
 
 def exchange(env, known: dict[tuple, float]) -> Proposals:

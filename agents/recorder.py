@@ -1,11 +1,13 @@
 """What every search leaves behind while it runs: the trace, TensorBoard's curves, a progress bar."""
 
+import contextlib
 import shutil
+import threading
 import time
 from pathlib import Path
 
-import torch
-from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat, configure
+import numpy as np
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
 from agents.trace import Episode, append_episode, count_episodes
@@ -17,6 +19,82 @@ from arq_env.render import render_rgb
 
 #: Episodes between two pictures of the map in TensorBoard.
 PICTURE_EVERY = 10
+
+
+@contextlib.contextmanager
+def _writing(path: Path):
+    """Turn what the block raises where nothing can be written into one sentence.
+
+    :raises ArqError: for any OSError
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArqError(f"cannot write {path} ({reason}): make room for it there; the same command then goes on") from error
+
+
+class EpisodeLogger(Logger):
+    """SB3's logger with TensorBoard alone, whose x axis counts episodes, whatever steps it is given.
+
+    :param folder: for TensorBoard's files
+    :param done: the episodes so far, a list that grows
+    :raises ArqError: when nothing can be written there
+    """
+
+    def __init__(self, folder: Path, done: list[Episode]):
+        self._folder, self._done, self._hook = folder, done, threading.excepthook
+        threading.excepthook = self._in_a_thread
+        try:
+            with _writing(folder):
+                self._tensorboard = TensorBoardOutputFormat(str(folder))
+        except ArqError:
+            threading.excepthook = self._hook
+            raise
+        super().__init__(str(folder), [self._tensorboard])
+
+    def _in_a_thread(self, failed) -> None:
+        """No traceback of TensorBoard's thread for what its next call raises here."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
+            self._hook(failed)
+
+    def dump(self, step: int = 0) -> None:
+        """Write what was recorded, as of the last episode."""
+        with _writing(self._folder):
+            super().dump(len(self._done))
+
+    def histogram(self, name: str, bits: list[int]) -> None:
+        """Write how often each bit-width occurs, in bins of width 1 around the whole numbers.
+
+        Raw, since TensorBoard draws densities and lets the outermost bins end at "min" and "max".
+        """
+        values, widths = np.array(bits), np.arange(MIN_BITS, MAX_BITS + 1)
+        told = {
+            "min": min(bits) - 0.5,
+            "max": max(bits) + 0.5,
+            "num": len(values),
+            "sum": int(values.sum()),
+            "sum_squares": int((values**2).sum()),
+            "bucket_limits": (widths + 0.5).tolist(),
+            "bucket_counts": (values[:, None] == widths).sum(0).tolist(),
+        }
+        with _writing(self._folder):
+            self._tensorboard.writer.add_histogram_raw(name, **told, global_step=len(self._done))
+
+    def picture(self, name: str, layers: tuple[Layer, ...], episode: Episode) -> None:
+        """Write an episode's map as a picture."""
+        title = f"episode {episode.episode}: reward {episode.reward:.3f}, {episode.bops_fraction:.3%} of FP32's bit operations"
+        with _writing(self._folder):
+            picture = render_rgb(layers, episode.bit_widths, title)
+            self._tensorboard.writer.add_image(name, picture, episode.episode, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write all and close the files."""
+        try:
+            with _writing(self._folder):
+                super().close()
+        finally:
+            threading.excepthook = self._hook
 
 
 class Recorder:
@@ -35,13 +113,14 @@ class Recorder:
     def __init__(self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: list[Episode] = (), *, progress: bool = True):
         self.path, self.layers, self.episodes, self.known = folder / "trace.jsonl", layers, episodes, list(known)
         self.done: list[Episode] = []
-        self._lock = lock(folder / "config.json")  # before anything in the folder is touched
-        if count_episodes(self.path) != len(self.known):
-            self._lock.close()
-            raise ArqError(f"another process has just written {self.path}: run the same command again")
-        drop_partial_line(self.path)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
-        self.logger: Logger = configure(str(folder / "tensorboard"), ["tensorboard"])
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(lock(folder / "config.json"))  # before anything in the folder is touched
+            if count_episodes(self.path) != len(self.known):
+                raise ArqError(f"another process has just written {self.path}: run the same command again")
+            drop_partial_line(self.path)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
+            self.logger = EpisodeLogger(folder / "tensorboard", self.done)
+            self._opened = opened.pop_all()
         self._maps = set()
         self._start, self._before = time.perf_counter(), self.known[-1].seconds if self.known else 0.0
         self._bar = tqdm(total=episodes, unit="episode", disable=not progress)
@@ -84,19 +163,20 @@ class Recorder:
         record("arq/acr_over_fp32", episode.acr / episode.reference_acr)
         record("arq/best_reward", best)
         if episode.episode % PICTURE_EVERY == 0 or episode.episode in (1, self.episodes):
-            picture = Image(render_rgb(self.layers, episode.bit_widths), "HWC")
-            record("arq/map", picture, exclude=("stdout", "csv", "json", "log"))
-        free = free_layers(self.layers)
-        bits = [bit for layer in free for bit in episode.bit_widths[layer.name]]
-        for output in self.logger.output_formats:
-            if isinstance(output, TensorBoardOutputFormat):  # SB3's logger has no histogram of integers with its own bins
-                edges = torch.arange(MIN_BITS, MAX_BITS + 2) - 0.5
-                output.writer.add_histogram("arq/bits", torch.tensor(bits), episode.episode * len(free), bins=edges)
+            self.logger.picture("arq/map", self.layers, episode)
+        chosen = [episode.bit_widths[layer.name] for layer in free_layers(self.layers)]
+        self.logger.histogram("arq/weight_bits", [bits.weight for bits in chosen])
+        self.logger.histogram("arq/activation_bits", [bits.activation for bits in chosen])
+
+    def exported(self, episode: Episode) -> None:
+        """Show the map that the search exports in TensorBoard, at its episode."""
+        self.logger.picture("arq/exported_map", self.layers, episode)
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-        self.logger.close()
-        self._lock.close()
+    def __exit__(self, kind, *_) -> None:
+        with self._opened:  # whatever happens, the lock is released
+            self._bar.close()
+            with contextlib.suppress(ArqError) if kind else contextlib.nullcontext():  # what happened first is told
+                self.logger.close()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from agents.algorithms import ALGORITHMS, hyperparameters
+from agents.haq import CONSTANTS, haq_hyperparameters
 from agents.levers import changes, split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
@@ -63,8 +64,9 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     name, levers = split_method(algorithm)
     if name in ALGORITHMS:
         settings = hyperparameters(name, env.get_wrapper_attr("horizon"), **changes(levers))
-        settings["replay_buffer_class"] = settings["replay_buffer_class"].__name__
         settings["action_noise"] = vars(settings["action_noise"]) if "action_noise" in settings else None
+    elif name == "arq":
+        settings = haq_hyperparameters(2 * env.get_wrapper_attr("horizon")) | CONSTANTS
     config = config | {
         "algorithm": algorithm,
         "seed": seed,

@@ -78,7 +78,8 @@ def search(
         if "exchange" in levers:
             known = {tuple(episode.bit_widths.items()): episode.reward for episode in recorder.done}
             _propose(exchange(env.unwrapped, known), env.unwrapped, recorder, episodes)
-    best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), confirming_steps, progress=progress)
+        best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), confirming_steps, progress=progress)
+        recorder.exported(best)
     told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
     metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
     export_map(folder, env, best.bit_widths, env.get_wrapper_attr("default_budget").fraction, metrics)
@@ -127,7 +128,7 @@ def learn(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You specified a buffer size")
         steps = (until - len(recorder.done)) * agent.env.get_attr("horizon")[0]
-        agent.num_timesteps = len(recorder.done) * agent.env.get_attr("horizon")[0]  # curves go on after demonstrations
+        agent.num_timesteps = len(recorder.done) * agent.env.get_attr("horizon")[0]  # demonstrations are steps, too
         agent.learn(steps, callback=RecordEpisodes(recorder), log_interval=1, reset_num_timesteps=False)
     with atomic_file(folder / "agent.zip") as file:
         agent.save(file)
@@ -143,7 +144,7 @@ def _propose(proposals: Proposals, env, recorder: Recorder, until: int) -> None:
         except StopIteration:
             break
         reward = recorder.add(env.judge(bit_widths)).reward
-        recorder.logger.dump(len(recorder.done) * env.horizon)
+        recorder.logger.dump()
 
 
 def confirm(

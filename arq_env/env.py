@@ -1,15 +1,18 @@
 """The Markov decision process: one step a layer, the certifier's verdict at the end."""
 
+import dataclasses
 import math
+import numbers
+from collections.abc import Mapping
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
+from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
-from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.evaluation import CertifierSettings, Evaluator, whole_number
 from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
 from arq_env.render import render_ansi, render_rgb
@@ -19,6 +22,8 @@ from arq_env.render import render_ansi, render_rgb
 REACH = 1
 #: Reward per unit of relative ACR: losing all of FP32's ACR gives -10.
 REWARD_SCALE = 10.0
+#: Characters of a network's, data set's or device's name, which become part of a file's.
+LONGEST_NAME = 64
 
 
 class ArqEnv(gymnasium.Env):
@@ -74,18 +79,22 @@ class ArqEnv(gymnasium.Env):
 
     ## Episode End
     Terminates after the last free layer (18 steps for ResNet-20); never truncates. The last step's `info` holds
-    `reward`, `bit_widths` (name to (weight, activation)), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius
-    sigma / 2), `reference_acr` and `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing and
-    reports the time that its evaluation took.
+    `reward`, `bit_widths` (name to (weight, activation)), `bits` (the same as an int64 array [layers, 2], which vector
+    environments stack), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius sigma / 2), `reference_acr` and
+    `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing and reports the time that its evaluation took.
+
+    The spec has no `max_episode_steps`, since the horizon is the network's: what needs one, such as Gymnasium's
+    `TimeAwareObservation`, gets it as `gym.make(..., max_episode_steps=18)`; `env.unwrapped.horizon` says how many.
 
     ## Arguments
-    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, and the
-    reward certifier's `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
+    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, `render_mode`
+    (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's
+    `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
     :class:`arq_env.evaluation.CertifierSettings`). The class itself takes a :class:`arq_env.problem.Problem`, which holds any
     network of Conv2d and Linear layers.
 
     ## Version History
-    * v0: first release
+    * v0: the only one so far. Its reward has changed with the package (`CHANGELOG.md`), whose version every run folder records.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
@@ -99,8 +108,9 @@ class ArqEnv(gymnasium.Env):
         settings: CertifierSettings = CertifierSettings(),
         render_mode: str | None = None,
     ):
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+        if not (render_mode is None or isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]):
             raise ArqError(f"there is no render mode {render_mode!r}: choose one of {', '.join(self.metadata['render_modes'])}")
+        end_bits = whole_number("end_bits", end_bits, MIN_BITS, MAX_BITS)
         self.problem, self.render_mode = problem, render_mode
         self.evaluator = Evaluator(problem, settings)
         self.layers = problem.layers
@@ -125,15 +135,13 @@ class ArqEnv(gymnasium.Env):
     def _start(self, budget: BopsBudget) -> None:
         self.budget = budget
         self._chosen: dict[str, Bits] = {}
-        self._previous = Bits(8, 8)
+        fixed = self.layers[0] is not self.free_layers[0]  # else nothing comes before, and images have 8 bits
+        self._previous = Bits(self.end_bits, self.end_bits) if fixed else Bits(MAX_BITS, MAX_BITS)
 
     def reset(self, *, seed=None, options=None):
         """Start an episode; ``options={"budget": f}`` sets its budget as a fraction of FP32's BOPs."""
         super().reset(seed=seed)
-        options = dict(options or {})
-        budget = options.pop("budget", None)
-        if options:
-            raise ArqError(f"there is no reset option {next(iter(options))!r}: the one option is 'budget'")
+        budget = budget_option(options)
         self._start(self.default_budget if budget is None else BopsBudget(self.layers, budget, self.end_bits))
         return self._observe(), {}
 
@@ -155,6 +163,8 @@ class ArqEnv(gymnasium.Env):
         :param actions: [free layers, 2], each as for :meth:`step`
         """
         budget, chosen = self.default_budget, {}
+        if len(actions) != self.horizon:
+            raise ArqError(f"{len(actions)} actions were given: give one for each of the {self.horizon} free layers")
         for layer, action in zip(self.free_layers, actions, strict=True):
             chosen[layer.name] = next_bits(action, budget, chosen)
         return complete(chosen, self.layers, self.end_bits)
@@ -181,6 +191,7 @@ class ArqEnv(gymnasium.Env):
         return {
             "reward": REWARD_SCALE * (evaluation.acr / reference.acr - 1),
             "bit_widths": {name: tuple(bits) for name, bits in bit_widths.items()},
+            "bits": np.array([bit_widths[layer.name] for layer in self.layers], np.int64),
             "bops_fraction": bops_fraction(bit_widths, self.layers),
             "acr": evaluation.acr,
             "clean_accuracy": evaluation.clean_accuracy,
@@ -199,7 +210,8 @@ class ArqEnv(gymnasium.Env):
         if self.render_mode == "ansi":
             return render_ansi(self.layers, ends | self._chosen)
         if self.render_mode == "rgb_array":
-            return render_rgb(self.layers, ends | self._chosen)
+            title = f"layer {self.step_count} of {self.horizon}, budget {self.budget.fraction:.3%} of FP32's bit operations"
+            return render_rgb(self.layers, ends | self._chosen, title)
         gymnasium.logger.warn("render() was called without a render_mode: pass one to gym.make")
         return None
 
@@ -210,12 +222,29 @@ def next_bits(action, budget: BopsBudget, chosen: BitWidthMap) -> Bits:
     :param action: two numbers in [-1, 1], for weight and activation; what is outside is clipped
     :param chosen: the bits of the free layers before it
     """
-    weight, activation = np.asarray(action, np.float64).reshape(2).tolist()
-    if not (math.isfinite(weight) and math.isfinite(activation)):
-        raise ArqError(f"the action is {action}: give two finite numbers in [-1, 1]")
+    try:
+        pair = np.asarray(action)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors with gradients
+        raise ArqError(f"the action cannot be read ({error}): give two finite numbers in [-1, 1]") from error
+    if pair.shape != (2,) or pair.dtype.kind not in "iuf" or not np.isfinite(pair).all():
+        raise ArqError(f"the action is {action!r}: give two finite numbers in [-1, 1]")
+    weight, activation = pair.tolist()
     share = even_bits(budget, chosen)
     bits = (math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation))
     return budget.fit(Bits(*bits), chosen)
+
+
+def budget_option(options) -> float | None:
+    """The budget that ``reset(options=)`` asks for, unchecked; None where it asks for none.
+
+    :raises ArqError: for another option, or when ``options`` is no dictionary
+    """
+    if not (options is None or isinstance(options, Mapping)):
+        raise ArqError(f"the reset options are {options!r}: give a dictionary, such as {{'budget': 0.01}}")
+    for name in options or {}:
+        if name != "budget":
+            raise ArqError(f"there is no reset option {name!r}: the one option is 'budget'")
+    return (options or {}).get("budget")
 
 
 def even_bits(budget: BopsBudget, chosen: BitWidthMap) -> float:
@@ -233,11 +262,25 @@ def make_env(
     device: str = "cpu",
     render_mode: str | None = None,
     **settings,
-) -> ArqEnv:
+) -> gymnasium.Env:
     """What ``gym.make`` calls: the environment of a shipped checkpoint; every argument can be written as JSON.
 
+    :param render_mode: as for :class:`ArqEnv`, or "human" for Gymnasium's window around it
     :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`
-    :raises ArqError: for an argument out of range, a missing checkpoint or a budget that cannot be met
+    :raises ArqError: for an unknown argument or one out of range, a missing checkpoint or a budget that cannot be met
     """
-    problem = load_problem(network, dataset, sigma=sigma, training=training, device=device)
-    return ArqEnv(problem, budget=budget, end_bits=end_bits, settings=CertifierSettings(**settings), render_mode=render_mode)
+    known = [field.name for field in dataclasses.fields(CertifierSettings)]
+    for name in settings:
+        if name not in known:
+            others = "sigma, training, budget, end_bits, device, render_mode"
+            raise ArqError(f"there is no argument {name!r}: choose of {others}, {', '.join(known)}")
+    for name, value in (("network", network), ("dataset", dataset), ("training", training), ("device", device)):
+        if not (isinstance(value, str) and len(value) <= LONGEST_NAME):
+            raise ArqError(f"{name} is {value!r}: give a name of at most {LONGEST_NAME} characters")
+    if isinstance(sigma, bool) or not (isinstance(sigma, numbers.Real) and 0 < sigma < 1e6):
+        raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
+    certifier, human = CertifierSettings(**settings), isinstance(render_mode, str) and render_mode == "human"
+    problem = load_problem(network, dataset, sigma=float(sigma), training=training, device=device)
+    render_mode = "rgb_array" if human else render_mode
+    env = ArqEnv(problem, budget=budget, end_bits=end_bits, settings=certifier, render_mode=render_mode)
+    return gymnasium.wrappers.HumanRendering(env) if human else env

@@ -2,7 +2,13 @@
 
 
 class ArqError(ValueError):
-    """Something the user can put right; scripts print the message alone and exit with code 2."""
+    """Something the user can put right; scripts print the message alone and exit with code 2.
+
+    :param message: put on one line, since what it quotes, such as an array, may have several
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 def reason(error: BaseException) -> str:

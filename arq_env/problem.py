@@ -186,6 +186,6 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
 def check_device(device: str) -> None:
     """Raise an ArqError unless torch can put a tensor there."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()  # which fails on a device without memory
     except (RuntimeError, AssertionError) as error:
         raise ArqError(f"the device {device!r} cannot be used ({str(error).splitlines()[0]}): choose cpu or cuda") from error

@@ -7,6 +7,9 @@ ENVIRONMENTS = {
     "ARQ-ResNet20-Signs-v0": {"network": "resnet20", "dataset": "signs", "images": 192},
 }
 
+#: Steps of an episode, network by network: its layers but the first and the last.
+HORIZONS = {"resnet20": 18}
+
 
 def register_all() -> None:
     """Register every id that is not registered yet. The entry point is a string, so that torch stays unimported."""

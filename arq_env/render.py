@@ -18,8 +18,8 @@ def render_ansi(layers: tuple[Layer, ...], chosen: BitWidthMap) -> str:
     return "\n".join(lines)
 
 
-def render_rgb(layers: tuple[Layer, ...], chosen: BitWidthMap) -> np.ndarray:
-    """Two bars a layer, weight and activation bits: uint8 [h, w, 3]."""
+def render_rgb(layers: tuple[Layer, ...], chosen: BitWidthMap, title: str) -> np.ndarray:
+    """Two bars a layer, weight and activation bits, under a title: uint8 [h, w, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,6 +31,7 @@ def render_rgb(layers: tuple[Layer, ...], chosen: BitWidthMap) -> np.ndarray:
     axes.bar(x + 0.2, bits[:, 1], 0.4, label="activation bits")
     axes.set_xticks(x, [layer.name for layer in layers], rotation=90, fontsize=7)
     axes.set(ylim=(0, MAX_BITS + 1.5), yticks=range(0, MAX_BITS + 1, 2), ylabel="bits")
+    axes.set_title(title, fontsize=9)
     axes.legend(loc="upper center", ncols=2, frameon=False)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,19 +1,27 @@
 """One agent for every budget."""
 
+import base64
+import json
+import pickle
+import shutil
+import zipfile
+
+import gymnasium
 import numpy as np
 import pytest
-from stable_baselines3 import TD3
 from stable_baselines3.common.env_checker import check_env
+from torch import nn
 
 from agents.algorithms import WARM_UP_EPISODES
-from agents.any_budget import DrawnBudget, export_budgets, map_for_budget, train_for_any_budget
+from agents.any_budget import DrawnBudget, export_budgets, load_agent, map_for_budget, train_for_any_budget
 from agents.baselines import least_sensitive
 from agents.levers import seen_with
 from agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import bops_fraction, uniform
 from arq_env.budget import BopsBudget
-from tests.toy import make_toy_env
+from arq_env.env import ArqEnv
+from tests.toy import ToyNet, make_toy_env, search_toy, toy_problem
 
 LOW, HIGH = 0.02, 0.06
 EPISODES = WARM_UP_EPISODES + 4
@@ -65,7 +73,8 @@ def test_one_agent_answers_for_every_budget(tmp_path):
         info = map_for_budget(agent, env, budget)
         assert info["bops_fraction"] <= budget and np.isfinite(info["reward"])
     # what is on disk is that agent; killed and resumed it is the same one
-    again = TD3.load(tmp_path / "a" / "agent.zip")
+    again, algorithm = load_agent(tmp_path / "a", env)
+    assert algorithm == "td3"
     run(tmp_path / "b", episodes=WARM_UP_EPISODES + 1)
     resumed = run(tmp_path / "b")
     for other in (again, resumed):
@@ -88,6 +97,77 @@ def test_it_can_learn_from_the_integer_program_s_maps_at_many_budgets(tmp_path, 
     for algorithm in ("td3+exchange", "td3+incremental", "random"):
         with pytest.raises(ArqError, match="without exchange and without incremental"):
             run(tmp_path / "b", algorithm=algorithm)
+
+
+class Bomb:
+    """What a pickle can do when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_an_agent_is_read_without_running_what_is_in_it(tmp_path):
+    """A crafted entry, as SB3 writes its settings or torch its tensors, creates no file."""
+    run(tmp_path / "a", episodes=2)
+    env, bomb = make_toy_env(), pickle.dumps(Bomb(tmp_path / "ran"), protocol=2)
+    pickle.loads(bomb).close()
+    (tmp_path / "ran").unlink()
+    with zipfile.ZipFile(tmp_path / "a" / "agent.zip") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    settings = json.loads(parts["data"]) | {"lr_schedule": {":type:": "x", ":serialized:": base64.b64encode(bomb).decode()}}
+    for number, (name, content) in enumerate((("data", json.dumps(settings)), ("policy.pth", bomb), ("evil.pth", bomb))):
+        crafted = shutil.copytree(tmp_path / "a", tmp_path / str(number))
+        with zipfile.ZipFile(crafted / "agent.zip", "w") as archive:
+            for part, bytes_ in (parts | {name: content}).items():
+                archive.writestr(part, bytes_)
+        if name == "data":
+            agent, _ = load_agent(crafted, env)
+            assert map_for_budget(agent, env, 0.03) is not None
+        else:
+            with pytest.raises(ArqError, match="holds no agent that can be read"):
+                load_agent(crafted, env)
+        assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", None])
+def test_a_damaged_agent_is_an_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps({"algorithm": "td3", "budgets": [0.02, 0.06]}))
+    if content is not None:
+        (tmp_path / "agent.zip").write_bytes(content)
+    with pytest.raises(ArqError, match="holds no agent that can be read"):
+        load_agent(tmp_path, make_toy_env())
+
+
+def test_an_agent_of_one_budget_is_none_for_all(tmp_path):
+    search_toy(tmp_path, "td3", 2)
+    with pytest.raises(ArqError, match="holds no agent for all budgets"):
+        load_agent(tmp_path, make_toy_env())
+
+
+def test_an_agent_that_sees_its_layers_one_by_one(tmp_path):
+    run(tmp_path, 2, "td3+onehot")
+    problem = toy_problem(network=ToyNet().eval())
+    load_agent(tmp_path, ArqEnv(problem, budget=LOW))
+    problem.network.deep = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
+    with pytest.raises(ArqError, match="another network's layers"):
+        load_agent(tmp_path, ArqEnv(toy_problem(network=problem.network.eval()), budget=HIGH))
+
+
+def test_budgets_that_are_nearly_the_same_have_folders_of_their_own(tmp_path):
+    agent = run(tmp_path, episodes=2)
+    export_budgets(agent, make_toy_env(), "td3", [0.0300001, 0.03, 0.030000000000000002], tmp_path)
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {"0.0300001", "0.03", "0.030000000000000002"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"options": 5}, {"options": [("budget", 0.03)]}, {"options": {"budget": 0}}, {"seed": "x"}, {"seed": -1}]
+)
+def test_drawing_mistakes(wrong):
+    with pytest.raises((ArqError, gymnasium.error.Error)):
+        DrawnBudget(make_toy_env(), LOW, HIGH).reset(**wrong)
 
 
 def test_budgets_out_of_order(tmp_path):

@@ -1,5 +1,10 @@
+import copy
+import dataclasses
+import functools
+import inspect
 import json
 import math
+import pickle
 import subprocess
 import sys
 
@@ -7,12 +12,16 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 
 from arq_env import ArqError
 from arq_env.bitwidths import Bits, bops_fraction, uniform
-from arq_env.env import REWARD_SCALE
+from arq_env.env import REWARD_SCALE, make_env
+from arq_env.evaluation import CertifierSettings
 from arq_env.registration import ENVIRONMENTS, register_all
 from tests.toy import make_toy_env, toy_problem
 
@@ -71,6 +80,7 @@ def test_last_step_tells_all(toy_env):
     assert set(info) == {
         "reward",
         "bit_widths",
+        "bits",
         "bops_fraction",
         "acr",
         "clean_accuracy",
@@ -83,6 +93,8 @@ def test_last_step_tells_all(toy_env):
     assert info["bops_fraction"] <= 0.03
     assert reward == pytest.approx(REWARD_SCALE * (info["acr"] / info["reference_acr"] - 1))
     assert 0 < info["reference_acr"] < 2 and 0 <= info["certified_accuracy"] <= info["clean_accuracy"] <= 1
+    bits = info.pop("bits")
+    assert bits.dtype == np.int64 and bits.tolist() == [list(pair) for pair in info["bit_widths"].values()]
     json.dumps(info)
 
 
@@ -143,8 +155,9 @@ def test_a_map_is_evaluated_once(toy_env):
     calls = []
     quantize = toy_env.evaluator.quantizer.quantize
     toy_env.evaluator.quantizer.quantize = lambda bits: calls.append(bits) or quantize(bits)
-    first, second = play(toy_env, (0, 0)), play(toy_env, (0, 0))
-    assert first == second and len(calls) == 1
+    (reward, first), (again, second) = play(toy_env, (0, 0)), play(toy_env, (0, 0))
+    assert not np.shares_memory(first.pop("bits"), second.pop("bits"))
+    assert (reward, first) == (again, second) and len(calls) == 1
     play(toy_env, (-1, -1))
     assert len(calls) == 2
 
@@ -183,8 +196,11 @@ def test_a_large_budget_leaves_a_choice():
 def test_end_bits():
     env = make_toy_env(end_bits=4)
     assert play(env, (0, 0))[1]["bit_widths"]["first"] == (4, 4)
-    with pytest.raises(ArqError, match="end_bits is 9"):
-        make_toy_env(end_bits=9)
+    assert env.reset()[0][13:15].tolist() == [0.5, 0.5]  # the layer before the first free one has them
+    assert type(make_toy_env(end_bits=np.int64(4)).end_bits) is int
+    for wrong in (9, 1, 8.0, True, "8", None, math.nan):
+        with pytest.raises(ArqError, match="end_bits is "):
+            make_toy_env(end_bits=wrong)
 
 
 def test_a_whole_episode_on_the_embedded_data():
@@ -224,11 +240,121 @@ def test_render_shows_the_map():
         ({"n": 0}, "n is 0"),
         ({"images": -1}, "images is -1"),
         ({"alpha": 2}, "alpha"),
+        ({"images": True}, "images is True"),
+        ({"regained_bits": 7}, "regained_bits is 7"),
+        ({"n": 10**9}, "from 1 to 10000000"),
+        ({"end_bits": 8.0}, "end_bits is 8.0"),
+        ({"sigma": True}, "sigma is True"),
+        ({"device": "meta"}, "cpu or cuda"),
+        ({"network": None}, "network is None"),
+        ({"render_mode": "film"}, "ansi, rgb_array"),
+        ({"render_mode": 5}, "ansi, rgb_array"),
+        ({"imagse": 8}, "no argument 'imagse': choose of .*images"),
     ],
 )
 def test_bad_arguments_say_what_to_do(arguments, message):
     with pytest.raises(ArqError, match=message):
         gymnasium.make("ARQ-ResNet20-v0", **arguments)
+
+
+def odd_values():
+    """What a user may pass by mistake."""
+    numbers = st.integers() | st.floats() | st.floats(width=32).map(np.float32) | st.integers(-9, 9).map(np.int64) | st.booleans()
+    plain = st.none() | numbers | st.complex_numbers() | st.text(max_size=200) | st.binary(max_size=3)
+    arrays = hnp.arrays(
+        st.sampled_from([float, int, bool, complex, "U2", object]), hnp.array_shapes(min_dims=0, max_dims=3, max_side=3)
+    )
+    return plain | arrays | st.lists(plain, max_size=3) | st.dictionaries(st.text(max_size=6), plain, max_size=2)
+
+
+def told(call) -> str:
+    """The message of the error that a call ends in, which is the user's; empty where it ends well."""
+    try:
+        call()
+    except (ArqError, gymnasium.error.Error) as error:
+        return str(error)
+    return ""
+
+
+ARGUMENTS = (*inspect.signature(make_env).parameters, *(field.name for field in dataclasses.fields(CertifierSettings)), "problem")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(sorted({*ARGUMENTS} - {"settings"})), odd_values())
+def test_no_argument_ends_in_a_bare_error(name, value):
+    assert "\n" not in told(lambda: gymnasium.make("ARQ-ResNet20-Signs-v0", disable_env_checker=True, **{name: value}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_values(), odd_values())
+def test_no_reset_and_no_step_ends_in_a_bare_error(value, other):
+    env = TOY()
+    for call in (
+        lambda: env.reset(options=value),
+        lambda: env.reset(options={"budget": value}),
+        lambda: env.reset(seed=value),
+        lambda: env.step(value),
+        lambda: env.step([value, other]),
+    ):
+        env.reset()
+        message = told(call)
+        assert "\n" not in message and (not message or env.step_count == 0)
+
+
+@functools.cache
+def TOY():
+    return make_toy_env()
+
+
+@pytest.mark.parametrize(
+    "action", [None, "ab", ["0.5", "1"], 0.5, [0], [0, 0, 0], [[0, 0]], [[0], [0]], [True, False], [1j, 0], {}]
+)
+def test_actions_of_another_kind(toy_env, action):
+    toy_env.reset()
+    with pytest.raises(ArqError, match="two finite numbers"):
+        toy_env.step(action)
+    assert toy_env.step_count == 0 and not toy_env.step([0, 0])[2]
+
+
+def test_an_environment_is_pickled_with_what_it_has_measured(toy_env):
+    """And without what it can make again; the toy problem's load is a function that can be named."""
+    for again in (lambda env: pickle.loads(pickle.dumps(env)), copy.deepcopy):
+        play(toy_env, (0, 0))
+        assert toy_env.evaluator.sensitivities and toy_env.evaluator.quantizer
+        toy_env.problem.__dict__.pop("dataset", None)
+        size, fresh = len(pickle.dumps(toy_env)), len(pickle.dumps(make_toy_env()))
+        assert size < fresh + 20_000
+        twin = again(toy_env)
+        twin.evaluator.measure = lambda build: pytest.fail("measured again")
+        assert play(twin, (0, 0))[0] == play(toy_env, (0, 0))[0]
+        assert twin.evaluator.sensitivities == toy_env.evaluator.sensitivities
+        del twin.evaluator.measure
+        assert play(twin, (-1, 1))[0] == play(toy_env, (-1, 1))[0]
+
+
+def test_frames_have_a_title_and_human_is_gymnasiums_window(monkeypatch):
+    shown = []
+    monkeypatch.setattr("gymnasium.wrappers.HumanRendering._render_frame", lambda self: shown.append(self.env.render()))
+    env = gymnasium.make("ARQ-ResNet20-Signs-v0", render_mode="human", disable_env_checker=True)
+    assert env.render_mode == "human" and env.spec.kwargs["render_mode"] == "human"
+    env.reset()
+    env.step(np.zeros(2, np.float32))
+    assert len(shown) == 2 and not np.array_equal(*(frame[:40] for frame in shown))  # the title counts layers
+    again = gymnasium.make(env.spec)
+    assert again.render_mode == "human" and "HumanRendering" in str(again)
+
+
+def test_vectorised_by_gymnasium():
+    """The map stacks; ``TimeAwareObservation`` wants the number of steps."""
+    envs = gymnasium.make_vec("ARQ-Toy-v0", num_envs=2, vectorization_mode="sync")
+    envs.reset(seed=0)
+    for _ in range(2):
+        *_, infos = envs.step(np.zeros((2, 2), np.float32))
+    assert infos["bits"].shape == (2, 4, 2) and infos["bits"].dtype == np.int64
+    assert (infos["bits"][0] == infos["bits"][1]).all() and (infos["bits"][:, 0] == 8).all()
+    envs.close()
+    timed = gymnasium.wrappers.TimeAwareObservation(gymnasium.make("ARQ-Toy-v0", max_episode_steps=2))
+    assert timed.reset()[0].shape == (16,)
 
 
 def test_vectorised():

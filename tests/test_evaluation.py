@@ -1,7 +1,10 @@
 import copy
 import dataclasses
+import json
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,3 +173,15 @@ def test_regained_bits_make_weights_finer_and_nothing_else(problem):
         finished.evaluate({"middle": Bits(2, 2)})
     with pytest.raises(ArqError, match="regained_bits"):
         CertifierSettings(regained_bits=-1)
+
+
+def test_settings_are_plain_numbers():
+    """NumPy's are taken and turned into Python's, which JSON can hold; what is no whole number is refused."""
+    given = CertifierSettings(images=np.int64(8), n=np.uint8(4), alpha=np.float32(0.5))
+    assert given == CertifierSettings(images=8, n=4, alpha=0.5) and json.dumps(dataclasses.asdict(given))
+    for field in dataclasses.fields(CertifierSettings):
+        for wrong in (True, None, "4", 4.0, math.nan, [4], np.array([1, 2])):
+            with pytest.raises(ArqError, match=field.name.replace("_", ".")):
+                CertifierSettings(**{field.name: wrong})
+    with pytest.raises(ArqError, match="regained_bits is 7: .* 0 to 6"):
+        CertifierSettings(regained_bits=7)

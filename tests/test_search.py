@@ -1,11 +1,16 @@
 import fcntl
 import json
+import shutil
+import signal
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.algorithms import WARM_UP_EPISODES, DecayingNoise
+from agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise
+from agents.haq import HaqDdpg
 from agents.recorder import Recorder
 from agents.search import CANDIDATES, confirm
 from agents.trace import read_trace
@@ -78,7 +83,93 @@ def test_tensorboard_has_what_the_readme_promises(tmp_path):
     assert [event.value for event in events.Scalars("arq/reward")] == pytest.approx(
         [e.reward for e in read_trace(tmp_path / "trace.jsonl")]
     )
-    assert "arq/map" in events.Tags()["images"] and "arq/bits" in events.Tags()["histograms"]
+    assert "arq/map" in events.Tags()["images"]
+
+
+@pytest.mark.parametrize("algorithm, episodes", [("td3", 24), ("random", 12)])
+def test_tensorboard_counts_episodes_and_shows_what_is_there(tmp_path, algorithm, episodes):
+    """Read back as TensorBoard does, after a search that was extended; every curve goes on, against episodes."""
+    from tensorboard import data_compat
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.util import tensor_util
+
+    search_toy(tmp_path, algorithm, episodes - 3)
+    best = search_toy(tmp_path, algorithm, episodes)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    written = [(event.step, value) for event in LegacyEventFileLoader(str(path)).Load() for value in event.summary.value]
+    steps = {}
+    for step, value in written:
+        steps.setdefault(value.tag, []).append(step)
+    every = list(range(1, episodes + 1))
+    assert steps.pop("arq/map") == sorted({1, *range(10, episodes + 1, 10), episodes})
+    assert steps.pop("arq/exported_map") == [best.episode]
+    trained = {tag: s for tag, s in steps.items() if tag.startswith("train/")}
+    assert all(s == every[-len(s) :] for s in trained.values()) and bool(trained) == (algorithm == "td3")
+    assert all(s == every for tag, s in steps.items() if tag not in trained)
+    trace = read_trace(tmp_path / "trace.jsonl")
+    for name, kind in (("arq/weight_bits", 0), ("arq/activation_bits", 1)):
+        for step, value in written:
+            if value.tag == name:
+                counts = Counter(bits[kind] for layer, bits in trace[step - 1].bit_widths.items() if layer in ("middle", "deep"))
+                buckets = tensor_util.make_ndarray(data_compat.migrate_value(value).tensor)
+                assert (buckets[:, 1] - buckets[:, 0] == 1).all()  # as high as there are layers
+                assert {int(left + 0.5): count for left, _, count in buckets if count} == counts
+
+
+FILES = {"tensorboard is a file": "tensorboard", "trace is a folder": "trace.jsonl", "card is a folder": "bit_widths.json"}
+
+
+@pytest.mark.parametrize("algorithm", ["td3", "random"])
+@pytest.mark.parametrize("name", FILES.values(), ids=FILES)
+def test_files_that_cannot_be_written_are_one_line(tmp_path, algorithm, name):
+    search_toy(tmp_path, algorithm, 2)
+    path = tmp_path / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.touch() if name == "tensorboard" else path.mkdir()
+    for _ in range(2):  # the first leaves no lock behind
+        with pytest.raises(ArqError, match=f"{name} .*(File exists|Is a directory)") as raised:
+            search_toy(tmp_path, algorithm, 3)
+        assert "\n" not in str(raised.value)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert len(outcome(tmp_path)) in (0, 2, 3) and search_toy(tmp_path, algorithm, 3)
+
+
+@pytest.mark.parametrize("algorithm, size", [("td3", 100), ("td3", 20_000), ("random", 2_000), ("random", 5_000)])
+def test_a_full_disk_is_one_line_and_loses_no_episode(tmp_path, algorithm, size, capfd):
+    """No file may grow beyond some bytes: TensorBoard's, or the trace. Then there is room again."""
+    search_toy(tmp_path / "whole", algorithm, 5)
+    resource = pytest.importorskip("resource")
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        search_toy(tmp_path / "cut", algorithm, 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        for _ in range(2):
+            with pytest.raises(ArqError, match="cannot write"):
+                search_toy(tmp_path / "cut", algorithm, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "Traceback" not in capfd.readouterr().err
+    found = outcome(tmp_path / "cut")
+    assert found == outcome(tmp_path / "whole")[: len(found)]
+    search_toy(tmp_path / "cut", algorithm, 5)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_an_error_while_searching_is_told_and_not_the_one_of_closing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    env = make_toy_env()
+    env.evaluator.evaluate = lambda bit_widths: 1 / 0
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", fail)
+    with pytest.raises(ZeroDivisionError):
+        search_toy(tmp_path, "random", 3, env=env)
+    with pytest.raises(ArqError, match="No space left"):
+        search_toy(tmp_path, "random", 3)
+    monkeypatch.undo()
+    assert search_toy(tmp_path, "random", 3)
 
 
 def test_a_killed_search_resumes_to_the_same_end(tmp_path):
@@ -198,8 +289,24 @@ def test_warm_up_is_uniform_and_noise_follows(tmp_path):
     step = env.step
     env.step = lambda action: actions.append(action) or step(action)
     search_toy(tmp_path, env=env)
-    warm_up = np.array(actions[: 2 * WARM_UP_EPISODES - 1])
+    warm_up = np.array(actions[: 2 * WARM_UP_EPISODES])
     assert (np.abs(warm_up) > 0.99).mean() < 0.06 and 0.4 < warm_up.std() < 0.75
+
+
+@pytest.mark.parametrize("algorithm", ["td3", "sac", "arq"])
+def test_the_policy_acts_from_the_end_of_the_last_random_episode_on(tmp_path, algorithm, monkeypatch):
+    """And the first gradient step is made then."""
+    asked, first_trained = [], []
+    act = OffPolicyAlgorithm.predict
+    monkeypatch.setattr(OffPolicyAlgorithm, "predict", lambda self, *a, **k: asked.append(self.num_timesteps) or act(self, *a, **k))
+    for kind in (*ALGORITHMS.values(), HaqDdpg):
+        train = kind.train
+        monkeypatch.setattr(
+            kind, "train", lambda self, *a, train=train, **k: first_trained.append(self.num_timesteps) or train(self, *a, **k)
+        )
+    search_toy(tmp_path, algorithm, WARM_UP_EPISODES + 1)
+    steps = WARM_UP_EPISODES * (4 if algorithm == "arq" else 2)
+    assert asked[0] == first_trained[0] == steps
 
 
 def test_zero_episodes(tmp_path):

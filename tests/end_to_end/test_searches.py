@@ -147,10 +147,13 @@ def test_one_agent_exports_a_map_for_each_budget(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ddpg", "td3", "sac"])
-def test_rl_zoo3_trains_with_our_hyperparameters(tmp_path, algorithm):
+def test_rl_zoo3_trains_with_our_hyperparameters_and_shows_the_agent(tmp_path, algorithm):
     command = shlex.split(f"-m rl_zoo3.train --algo {algorithm} --env ARQ-ResNet20-Signs-v0 --gym-packages arq_env")
     command += ["--conf-file", f"agents.zoo.{algorithm}", "-n", "36", "--eval-freq", "-1", "--log-folder", tmp_path]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     monitor = lines(tmp_path / algorithm / "ARQ-ResNet20-Signs-v0_1" / "0.monitor.csv")
     assert len(monitor) == 2 + 2 and all(line.split(",")[1] == "18" for line in monitor[2:])
+    command = shlex.split(f"-m rl_zoo3.enjoy --algo {algorithm} --env ARQ-ResNet20-Signs-v0 --gym-packages arq_env -n 18")
+    shown = subprocess.run([sys.executable, *command, "-f", tmp_path, "--no-render"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and "Episode Length 18" in shown.stdout, shown.stderr
