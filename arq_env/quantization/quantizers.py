@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 #: Steps tried for weights, as fractions of the step that just reaches a channel's largest magnitude.
-WEIGHT_FRACTIONS = torch.cat([0.1 * 2 ** -torch.arange(1.0, 5), torch.linspace(0.1, 1.0, 91)]).flip(0)
+#: Python divides alike everywhere, torch.linspace does not.
+WEIGHT_FRACTIONS = torch.tensor([percent / 100 for percent in range(100, 9, -1)] + [0.05, 0.025, 0.0125, 0.00625])
 #: Steps tried for activations are powers of two and so many between each and the next: what is sampled differs from machine to
 #: machine in its last places, the steps should not. They fall by so many powers of two from the one that clips nothing.
 GRID, FALL = 32, 9
