@@ -21,8 +21,8 @@ from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 
-#: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
-#: alone won reward; 2: logits are compared at FP32's mean entropy).
+#: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds. 1, which is in no
+#: file: before quantized layers computed on integers. 2: since.
 REWARD_VERSION = 2
 #: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
 NOISE_LOSS = 0.5
