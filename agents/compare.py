@@ -15,7 +15,6 @@ from agents.search import search
 from agents.trace import Episode, read_trace
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256, write_json
-from arq_env.problem import CALIBRATION_IMAGES
 from arq_env.sensitivity import forward_passes
 
 #: What is compared by default.
@@ -76,10 +75,10 @@ def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
 def setup_cost(method: str, env) -> float:
     """What a search measures before its first map, in evaluations by forward passes."""
     evaluator, (name, levers) = env.get_wrapper_attr("evaluator"), split_method(method)
-    passes = forward_passes(evaluator.problem) if uses_sensitivities(method) else 0
+    passes = forward_passes(evaluator.problem.layers, evaluator.settings.calibration_images) if uses_sensitivities(method) else 0
     if name == "arq" or "incremental" in levers:
         passes += cached_samples(evaluator.settings)
-    return passes / (CALIBRATION_IMAGES + evaluator.settings.forward_passes)
+    return passes / evaluator.settings.forward_passes
 
 
 def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -> np.ndarray:

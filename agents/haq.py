@@ -93,7 +93,7 @@ def incremental_reward(base) -> Callable[[BitWidthMap], float]:
 
 def incremental(settings: CertifierSettings) -> CertifierSettings:
     """A reward certifier by incremental smoothing for about as many forward passes."""
-    images = max(1, settings.forward_passes // REWARD_SAMPLES)
+    images = max(1, settings.images * settings.n // REWARD_SAMPLES)
     return replace(settings, images=images, n0=100, n=REWARD_SAMPLES, alpha=0.001, reward_method="incremental")
 
 

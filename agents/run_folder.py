@@ -39,7 +39,7 @@ def export_map(folder: Path, env, bit_widths: BitWidthMap, budget: float, metric
 def evaluation_identity(evaluator: Evaluator) -> dict:
     """What an evaluation depends on beside the map: two that are equal in this can take each other's place.
 
-    The data set is loaded.
+    The data set is loaded, and the quantizer calibrated.
     """
     problem = evaluator.problem
     return {
@@ -49,6 +49,7 @@ def evaluation_identity(evaluator: Evaluator) -> dict:
         "device": str(problem.device),
         "certifier": dataclasses.asdict(evaluator.settings),
         "reward_version": REWARD_VERSION,
+        "rounding": evaluator.rounding,
         "versions": provenance()["versions"],
     }
 

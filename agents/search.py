@@ -18,6 +18,7 @@ from agents.recorder import Recorder
 from agents.run_folder import export_map, open_folder
 from agents.trace import Episode
 from arq_env.bitwidths import BitWidthMap
+from arq_env.env import REWARD_SCALE
 from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file, read_json
@@ -150,19 +151,18 @@ def _propose(proposals: Proposals, env, recorder: Recorder, until: int) -> None:
 def confirm(
     episodes: list[Episode], evaluator: Evaluator, steps: int = CONFIRMING_STEPS, *, progress: bool = True
 ) -> tuple[Episode, dict]:
-    """Choose among the five maps with the highest rewards, on images that the search did not use.
+    """Choose among the five maps with the highest rewards, on draws that the search never saw: images, noise, calibration.
 
     :param steps: batches of fine-tuning that each of the five gets before, where rewards only foretell what fine-tuning leaves
         (``regained_bits``); with 0 they are judged as the search judged them
-    :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those images
+    :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those draws, and as ``fresh_reward`` the
+        reward it gets there as it is; by as much as the search's own is higher, the search was lucky
     """
     distinct: dict[tuple, Episode] = {}
     for episode in sorted(episodes, key=lambda episode: -episode.reward):
         distinct.setdefault(tuple(episode.bit_widths.items()), episode)
     candidates = list(distinct.values())[:CANDIDATES]
     judge = evaluator.second_opinion()
-    if judge is None:
-        return candidates[0], {}
     acr, steps = {}, steps if evaluator.settings.regained_bits else 0
     for episode in tqdm(candidates, desc="confirming", unit="map", disable=not progress):
         if steps:
@@ -171,5 +171,7 @@ def confirm(
             judged = judge.evaluate(episode.bit_widths)
         acr[episode.episode] = judged.acr
     best = max(candidates, key=lambda episode: acr[episode.episode])
-    settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n")} | {"confirmed_steps": steps}
-    return best, {"confirmed_acr": acr[best.episode], "confirmed_reference_acr": judge.reference.acr, **settings}
+    settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n", "part")} | {"confirmed_steps": steps}
+    fresh = REWARD_SCALE * (judge.evaluate(best.bit_widths).acr / judge.reference.acr - 1)
+    confirmed = {"confirmed_acr": acr[best.episode], "confirmed_reference_acr": judge.reference.acr, "fresh_reward": fresh}
+    return best, confirmed | settings

@@ -13,16 +13,19 @@ import torch
 from scipy import stats
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, check_map
-from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify, soft_radius, softmax_entropy
+from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
 from arq_env.certification.methods import SKIPPING
+from arq_env.certification.soft import mean_entropy, noisy_logits, radius_of_logits
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
-from arq_env.problem import Problem
+from arq_env.problem import CALIBRATION_IMAGES, Problem
 from arq_env.quantization import Quantizer
+from arq_env.quantization.exact import exact_means
+from arq_env.quantization.integer import on_integers
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 
-#: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds. 1, which is in no
-#: file: before quantized layers computed on integers. 2: since.
+#: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
+#: alone won reward; 2: logits are compared at FP32's mean entropy, on 2,000 images and one sample of each, in exact arithmetic).
 REWARD_VERSION = 2
 #: The base network is taken not to know noise when it loses more than this share of its accuracy to it.
 NOISE_LOSS = 0.5
@@ -30,6 +33,8 @@ NOISE_LOSS = 0.5
 LUCK = 0.05
 #: Samples of the FP32 network for each one that an incremental reward replays: a one-off cost, which makes its bound tight.
 CACHE_FACTOR = 16
+#: Decimal places of an ACR that count; and of FP32's figures, whose convolutions every processor rounds in its own way.
+PLACES, FP32_PLACES = 9, 5
 #: Noise samples an image that a reward may ask for: a hundred times those of the field's largest certificates.
 MOST_SAMPLES = 10_000_000
 #: How the ACR of a reward can be measured: estimated by :func:`arq_env.certification.soft_radius`, or certified.
@@ -55,7 +60,9 @@ class CertifierSettings:
 
     :param images: number of images of the reward split
     :param first: index of the first of them
-    :param n: noise samples an image
+    :param n: noise samples an image: one for each of many images tells maps apart better than several for each of few
+    :param calibration_images: training images for ranges of activations and BatchNorm's statistics
+    :param part: "reward", or "train" for training images in place of the reward split's, drawn by ``seed``
     :param n0: noise samples that select an image's class before; not for "soft"
     :param alpha: error probability of each radius; not for "soft"
     :param seed: of noise and calibration; the same for all maps, so that they are compared on the same noise
@@ -68,14 +75,16 @@ class CertifierSettings:
         samples, and need n of 100 or more for radii worth comparing
     """
 
-    images: int = 512
+    images: int = 2_000
     n0: int = 4
-    n: int = 4
+    n: int = 1
     alpha: float = 0.3
     seed: int = 0
     first: int = 0
     reward_method: str = "soft"
     regained_bits: int = 0
+    calibration_images: int = CALIBRATION_IMAGES
+    part: str = "reward"
 
     def __post_init__(self):
         if not isinstance(self.reward_method, str) or self.reward_method not in REWARD_METHODS:
@@ -87,16 +96,19 @@ class CertifierSettings:
             ("seed", 0, 2**32 - 1),
             ("first", 0, math.inf),
             ("regained_bits", 0, MAX_BITS - MIN_BITS),
+            ("calibration_images", 2, math.inf),
         ):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low, high))
+        if not isinstance(self.part, str) or self.part not in ("reward", "train"):
+            raise ArqError(f"part is {self.part!r}: give 'reward' or 'train'")
         if isinstance(self.alpha, bool) or not (isinstance(self.alpha, numbers.Real) and 0 < self.alpha < 1):
             raise ArqError(f"alpha is {self.alpha!r}: give the probability of failure, in (0, 1)")
         object.__setattr__(self, "alpha", float(self.alpha))  # so that it can be written as JSON
 
     @property
     def forward_passes(self) -> int:
-        """Noisy images that an evaluation sends through the quantized network, at most."""
-        return self.images * (self.n if self.reward_method == "soft" else self.n0 + self.n)
+        """Noisy images that an evaluation sends through the quantized network, at most, calibration included."""
+        return self.calibration_images + self.images * (self.n if self.reward_method == "soft" else self.n0 + self.n)
 
 
 def settings_of(document: dict) -> CertifierSettings:
@@ -142,14 +154,22 @@ class Evaluator:
 
     def __getstate__(self):
         """What is pickled and copied: what was measured, but no network, image or noise that can be made again."""
-        again = ("quantizer", "divergence", "_cache", "_reward_images")
+        again = ("quantizer", "divergence", "_cache", "_reward_images", "_fp32_logits")
         return {name: value for name, value in vars(self).items() if name not in again}
 
     @cached_property
     def quantizer(self) -> Quantizer:
         """Calibrated at first use."""
         problem = self.problem
-        return Quantizer(problem.network, problem.layers, problem.calibration_images(self.settings.seed))
+        images = problem.calibration_images(self.settings.seed, self.settings.calibration_images)
+        return Quantizer(problem.network, problem.layers, images)
+
+    @cached_property
+    def rounding(self) -> str:
+        """What a reward depends on beside everything else: "exact" where nothing, else the processor's kernels and threads."""
+        if self.problem.device.type == "cpu" and self.settings.reward_method == "soft" and self.quantizer.exact():
+            return "exact"
+        return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
     @cached_property
     def divergence(self) -> Divergence:
@@ -173,7 +193,7 @@ class Evaluator:
         :raises ArqError: when it is no better than chance under noise, so that there is nothing to compare with
         """
         warn_if_noise_is_new(self.problem)
-        evaluation = self.measure(lambda: self.problem.network)
+        evaluation = self._measure_fp32()
         images, chance = self.settings.images, 1 / len(self.problem.dataset.classes)
         luck = stats.binom.sf(round(evaluation.clean_accuracy * images) - 1, images, chance)
         if evaluation.acr == 0 or luck > LUCK:
@@ -191,7 +211,7 @@ class Evaluator:
         key = tuple(bit_widths.items())
         if key not in self._known:
             quantizer = self.quantizer  # calibrated before the clock starts
-            self._known[key] = self.measure(lambda: quantizer.quantize(self.regained(bit_widths)))
+            self._known[key] = self.measure(lambda: on_integers(quantizer.quantize(self.regained(bit_widths))))
         return self._known[key]
 
     def regained(self, bit_widths: BitWidthMap) -> BitWidthMap:
@@ -207,35 +227,52 @@ class Evaluator:
         """Take over an evaluation made earlier under the same settings, such as one from a trace."""
         self._known[tuple(bit_widths.items())] = evaluation
 
-    def second_opinion(self) -> "Evaluator | None":
-        """An evaluator on twice as many other images of the reward split, with twice the noise samples.
+    def second_opinion(self) -> "Evaluator":
+        """An evaluator on draws that this one never saw: images, noise and calibration images.
 
-        The best of many maps is in part the luckiest on the images it was chosen by; on fresh images luck does not
-        count. None when the reward split has no further images.
+        The best of many maps is in part the luckiest on what it was chosen by; on fresh draws luck does not count. The images are
+        what is left of the reward split, at most twice as many as here, and where nothing is left as many training images.
         """
-        s = self.settings
+        s, there = self.settings, self.problem.dataset
         start = s.first + s.images
-        left = len(self.problem.dataset.reward.images) - start
-        if left < 1:
-            return None
-        other = Evaluator(self.problem, replace(s, images=min(2 * s.images, left), n=2 * s.n, first=start))
-        other.quantizer = self.quantizer  # the same calibration
-        return other
+        left = len(there.reward.images) - start
+        fresh = replace(s, seed=(s.seed + 1) % 2**32)
+        if left > 0 and s.part == "reward":
+            return Evaluator(self.problem, replace(fresh, images=min(2 * s.images, left), first=start))
+        return Evaluator(self.problem, replace(fresh, images=min(2 * s.images, len(there.train.images)), part="train", first=0))
 
     def measure(self, build: Callable[[], torch.nn.Module]) -> Evaluation:
         """What the reward certifier says of the network that ``build`` makes, whose making counts to the seconds."""
-        images, labels = self._reward_images
-        s, sigma, cache, entropy = self.settings, self.problem.sigma, self._cache, self._entropy
+        (images, labels), s, sigma = self._reward_images, self.settings, self.problem.sigma
+        cache, entropy = self._cache, self._entropy
         start = time.perf_counter()
-        if s.reward_method == "soft":
-            radius = soft_radius(build(), images, labels, sigma=sigma, n=s.n, seed=s.seed, entropy=entropy)
-            acr, clean, certified = np.maximum(radius, 0).mean(), (radius > 0).mean(), (radius >= sigma / 2).mean()
-        else:
+        with exact_means():
+            if s.reward_method == "soft":
+                logits = noisy_logits(build(), images, sigma=sigma, n=s.n, seed=s.seed)
+                return self._soft(radius_of_logits(logits, labels, sigma=sigma, entropy=entropy), start)
             skip = s.reward_method in SKIPPING  # what is wrong cannot count
             counts = {"n0": s.n0, "n": s.n, "alpha": s.alpha, "seed": s.seed}
             table = certify(build(), images, labels, sigma=sigma, **counts, method=s.reward_method, skip_wrong=skip, cache=cache)
-            acr, clean, certified = table.acr, table.clean_accuracy, table.certified_accuracy(sigma / 2)
-        return Evaluation(float(acr), float(clean), float(certified), time.perf_counter() - start)
+        acr, clean, certified = table.acr, table.clean_accuracy, table.certified_accuracy(sigma / 2)
+        return Evaluation(acr, clean, certified, time.perf_counter() - start)
+
+    def _soft(self, radius: np.ndarray, start: float) -> Evaluation:
+        """An evaluation by soft radii; the ACR's last places, which float64 sums in another order may change, are cut off."""
+        acr, half = round(float(np.maximum(radius, 0).mean()), PLACES), self.problem.sigma / 2
+        return Evaluation(acr, float((radius > 0).mean()), float((radius >= half).mean()), time.perf_counter() - start)
+
+    def _measure_fp32(self) -> Evaluation:
+        if self.settings.reward_method != "soft":
+            return self.measure(lambda: self.problem.network)
+        start = time.perf_counter()
+        (_, labels), sigma = self._reward_images, self.problem.sigma
+        measured = self._soft(radius_of_logits(self._fp32_logits, labels, sigma=sigma, entropy=self._entropy), start)
+        return replace(measured, acr=round(measured.acr, FP32_PLACES))
+
+    @cached_property
+    def _fp32_logits(self) -> torch.Tensor:
+        s, (images, _) = self.settings, self._reward_images
+        return noisy_logits(self.problem.network, images, sigma=self.problem.sigma, n=s.n, seed=s.seed)
 
     @cached_property
     def _cache(self) -> PredictionCache | None:
@@ -251,14 +288,14 @@ class Evaluator:
     def _entropy(self) -> float | None:
         """How unsure the FP32 network is, at which soft radii are compared."""
         s = self.settings
-        if s.reward_method != "soft":
-            return None
-        images, _ = self._reward_images
-        return softmax_entropy(self.problem.network, images, sigma=self.problem.sigma, n=s.n, seed=s.seed)
+        return round(mean_entropy(self._fp32_logits), FP32_PLACES) if s.reward_method == "soft" else None
 
     @cached_property
     def _reward_images(self):
-        return self.problem.reward_images(self.settings.images, self.settings.first)
+        s = self.settings
+        if s.part == "train":
+            return self.problem.training_images(s.images, s.seed)
+        return self.problem.reward_images(s.images, s.first)
 
 
 def warn_if_noise_is_new(problem: Problem, count: int = 256) -> None:

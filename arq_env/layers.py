@@ -143,13 +143,17 @@ class Kept:
 
 
 class Layers(tuple[Layer, ...]):
-    """The layers to quantize, in order of first use; ``kept`` is what the network computes beside them."""
+    """The layers to quantize, in order of first use.
+
+    ``kept`` is what the network multiplies beside them, ``operators`` are the names of all operators that it is made of.
+    """
 
     kept: tuple[Kept, ...] = ()
+    operators: frozenset[str] = frozenset()
 
-    def __new__(cls, layers: Iterable[Layer], kept: Iterable[Kept] = ()):
+    def __new__(cls, layers: Iterable[Layer], kept: Iterable[Kept] = (), operators: Iterable[str] = ()):
         new = super().__new__(cls, layers)
-        new.kept = tuple(kept)
+        new.kept, new.operators = tuple(kept), frozenset(operators)
         return new
 
 
@@ -220,7 +224,7 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...], keep: Iterable
             )
         first = first_reader.setdefault(tuple(call.read for call in calls), name)
         layers.append(layer if first == name else _tied(layer, first))
-    return Layers(layers, kept)
+    return Layers(layers, kept, operations.operators)
 
 
 def _tied(layer: Layer, first: str) -> Layer:

@@ -15,10 +15,12 @@ class Operations:
 
     :param macs: module name to the multiply-accumulates made in its own forward, outside the modules that it calls
     :param parameters: the parameters that any operator read
+    :param operators: names of the operators, as torch's dispatcher calls them
     """
 
     macs: Counter[str] = field(default_factory=Counter)
     parameters: set[nn.Parameter] = field(default_factory=set)
+    operators: set[str] = field(default_factory=set)
 
 
 class _Recorder(TorchDispatchMode):
@@ -32,6 +34,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        self.seen.operators.add(function._overloadpacket._qualified_op_name.removeprefix("aten::"))
         if function._overloadpacket in flop_registry:
             flops = flop_registry[function._overloadpacket](*args, **kwargs, out_val=result)
             self.seen.macs[self.stack[-1]] += flops // 2

@@ -14,14 +14,15 @@ import torch
 from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map
 from arq_env.certification import network_digest
 from arq_env.datasets import Dataset, Split, load_dataset
-from arq_env.datasets.augment import as_tensor, random_crop, to_float
+from arq_env.datasets.augment import add_noise, as_tensor, random_crop, to_float
 from arq_env.errors import ArqError, reason
 from arq_env.files import read_json, sha256
 from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.quantization.convert import check_conversion
 
-CALIBRATION_IMAGES = 1_280
+#: Training images that ranges of activations and BatchNorm's statistics are estimated on; more of them rank maps no better.
+CALIBRATION_IMAGES = 320
 
 
 @dataclass
@@ -100,18 +101,22 @@ class Problem:
         """Where the network lives."""
         return next(chain(self.network.parameters(), self.network.buffers()), torch.empty(0)).device
 
-    def calibration_images(self, seed: int = 0) -> torch.Tensor:
-        """1,280 training images, cropped and flipped as in training, with noise: float32 [n, c, h, w] on the device.
+    def calibration_images(self, seed: int = 0, count: int = CALIBRATION_IMAGES) -> torch.Tensor:
+        """Training images, cropped and flipped as in training, with noise: float32 [count, c, h, w] on the device.
 
         The augmentation matters: BatchNorm's statistics on images without the border of random crops cost two points of accuracy.
+        Where there are fewer training images, all of them.
         """
         generator = torch.Generator().manual_seed(seed)
         images = self.dataset.train.images
-        chosen = torch.randperm(len(images), generator=generator)[:CALIBRATION_IMAGES]
+        chosen = torch.randperm(len(images), generator=generator)[:count]
         cropped = random_crop(as_tensor(images[chosen.numpy()]), generator, flip=self.dataset.flip)
-        noisy = to_float(cropped)
-        noisy += self.sigma * torch.randn(noisy.shape, generator=generator)
-        return noisy.to(self.device)
+        return add_noise(to_float(cropped), self.sigma, np.random.Generator(np.random.SFC64(seed))).to(self.device)
+
+    def training_images(self, count: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+        """``count`` training images drawn by ``seed``, as they are: float32 [n, c, h, w] in [0, 1], and labels [n]."""
+        chosen = np.random.default_rng(seed).permutation(len(self.dataset.train.images))[:count]
+        return _as_pixels(self.dataset.train, np.sort(chosen))
 
     def reward_images(self, count: int, first: int = 0) -> tuple[torch.Tensor, np.ndarray]:
         """``count`` images of the reward split from index ``first``: float32 [n, c, h, w] in [0, 1], and labels [n]."""
@@ -128,7 +133,7 @@ class Problem:
         return _as_pixels(self.dataset.test, slice(offset, None, every))
 
 
-def _as_pixels(split: Split, chosen: slice) -> tuple[torch.Tensor, np.ndarray]:
+def _as_pixels(split: Split, chosen: slice | np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
     return to_float(as_tensor(split.images[chosen])), split.labels[chosen]
 
 

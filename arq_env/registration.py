@@ -4,7 +4,7 @@ import gymnasium
 
 ENVIRONMENTS = {
     "ARQ-ResNet20-v0": {"network": "resnet20", "dataset": "cifar10"},
-    "ARQ-ResNet20-Signs-v0": {"network": "resnet20", "dataset": "signs", "images": 192},
+    "ARQ-ResNet20-Signs-v0": {"network": "resnet20", "dataset": "signs", "images": 768},
 }
 
 #: Steps of an episode, network by network: its layers but the first and the last.

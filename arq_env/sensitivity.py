@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, complete, free_layers
-from arq_env.problem import CALIBRATION_IMAGES, Problem
+from arq_env.layers import Layer
+from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 
 #: Bit-widths that are measured; from the last of them on a bit more is taken to divide the effect by four, as it does the
@@ -29,7 +30,7 @@ class Divergence:
 
     def __init__(self, problem: Problem, quantizer: Quantizer, seed: int = 0):
         self.quantizer, self.layers = quantizer, problem.layers
-        self._images = problem.calibration_images(seed + 1)[:IMAGES]
+        self._images = problem.calibration_images(seed + 1, IMAGES)
         self._target = _log_probabilities(problem.network, self._images)
 
     def __call__(self, bit_widths: BitWidthMap) -> float:
@@ -63,9 +64,9 @@ def places(layers) -> list[tuple[str, str]]:
     return [(layer.name, kind) for layer in free_layers(layers) for kind in Bits._fields if kind == "weight" or not layer.tied_to]
 
 
-def forward_passes(problem: Problem) -> int:
+def forward_passes(layers: tuple[Layer, ...], calibration_images: int) -> int:
     """Images that :func:`measure_sensitivities` sends through a quantized network, BatchNorm's calibration included."""
-    return (1 + len(MEASURED) * len(places(problem.layers))) * (CALIBRATION_IMAGES + IMAGES)
+    return (1 + len(MEASURED) * len(places(layers))) * (calibration_images + IMAGES)
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ def test_each_number_comes_from_its_own_split(problem):
     blind.evaluate(uniform(problem.layers, 4, 4))
     assert blind.reference.acr > 0
     only_train = toy_problem(load=lambda: without(data, "test", "reward"))
-    assert len(only_train.calibration_images()) == 1_280
+    assert len(only_train.calibration_images()) == 320
 
 
 def without(dataset, *parts):
@@ -45,7 +45,7 @@ def without(dataset, *parts):
 
 def test_calibration_images_are_noisy_training_images(problem):
     images = problem.calibration_images()
-    assert images.shape == (1_280, 3, 8, 8)
+    assert images.shape == (320, 3, 8, 8)
     assert images.std() == pytest.approx(0.55, abs=0.1) and images.min() < -0.5
     assert torch.equal(images, problem.calibration_images()) and not torch.equal(images, problem.calibration_images(seed=1))
 

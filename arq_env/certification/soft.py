@@ -55,7 +55,11 @@ def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0,
     labels = checked_labels(labels, len(pixels), unknown=False)
     if entropy is not None:
         entropy = real("entropy", entropy, lambda value: value >= 0, "a mean entropy in nats, not negative")
-    logits = noisy_logits(network, images, sigma=sigma, n=n, seed=seed)
+    return radius_of_logits(noisy_logits(network, images, sigma=sigma, n=n, seed=seed), labels, sigma=sigma, entropy=entropy)
+
+
+def radius_of_logits(logits: torch.Tensor, labels: np.ndarray, *, sigma: float, entropy: float | None = None) -> np.ndarray:
+    """The radii of :func:`soft_radius` from what :func:`noisy_logits` gives, float64 [images]."""
     if labels.max() >= logits.shape[-1]:
         raise ArqError(f"there is a label {labels.max()} and logits of {logits.shape[-1]} classes: labels count from 0")
     sigma = checked_sigma(sigma)
@@ -94,10 +98,11 @@ def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.T
             f"n is {n:,} for {len(images):,} images of shape {tuple(images.shape[1:])}: give a smaller n or fewer images"
         )
     device = device_of(network)
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.Generator(np.random.SFC64(seed))  # the same bits on every processor, which torch's does not give
     parts = []
     for part in images.split(IMAGES_AT_ONCE):
-        noisy = part + sigma * torch.randn((n, *part.shape), generator=generator)
+        noise = torch.from_numpy(generator.standard_normal((n, *part.shape), np.float32))
+        noisy = noise.mul_(sigma).add_(part)
         noisy = noisy.flatten(0, 1).to(device, memory_format=torch.channels_last)
         size = IMAGES_AT_ONCE if device.type == "cpu" else len(noisy)  # larger batches overflow a CPU's caches
         logits = torch.cat([_logits(network, batch) for batch in noisy.split(size)])

@@ -28,6 +28,14 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
+def add_noise(images: torch.Tensor, sigma: float, generator: np.random.Generator) -> torch.Tensor:
+    """The images plus N(0, sigma^2) noise, in place; NumPy's generator gives the same bits on every processor, torch's does not.
+
+    :param images: float32 on the CPU
+    """
+    return images.add_(torch.from_numpy(generator.standard_normal(tuple(images.shape), np.float32)).mul_(sigma))
+
+
 def random_crop(images: torch.Tensor, generator: torch.Generator, *, flip: bool) -> torch.Tensor:
     """Crop each image at its own offset from a black border of 4 pixels and, with ``flip``, mirror half of them.
 

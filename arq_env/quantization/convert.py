@@ -6,11 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from arq_env.bitwidths import BitWidthMap, check_map
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
 from arq_env.errors import ArqError
-from arq_env.layers import Layer
+from arq_env.layers import Layer, Layers
 from arq_env.quantization.calibrate import reestimate_batch_norm, sample_activations
-from arq_env.quantization.exact import exact_norms
+from arq_env.quantization.exact import EXACT, exact_norms
 from arq_env.quantization.modules import LearnableLayer, QuantizedLayer, UnroundedLayer, replace_module
 from arq_env.quantization.quantizers import ActivationLevels, activation_levels, weight_steps
 
@@ -27,7 +27,7 @@ class Quantizer:
     :raises ArqError: naming the layer, as :func:`arq_env.quantization.calibrate.sample_activations`
     """
 
-    def __init__(self, network: nn.Module, layers: tuple[Layer, ...], calibration_images: torch.Tensor):
+    def __init__(self, network: nn.Module, layers: Layers, calibration_images: torch.Tensor):
         self.network, self.layers, self.images = network, layers, calibration_images
         self._activations = sample_activations(network, layers, calibration_images)
         self._tied_to = {layer.name: layer.tied_to or layer.name for layer in layers}
@@ -63,6 +63,17 @@ class Quantizer:
                 replace_module(quantized, layer.name, module.frozen())
         reestimate_batch_norm(exact_norms(quantized.eval()), self.images)
         return quantized
+
+    def exact(self) -> bool:
+        """Whether every map's network rounds alike on every processor, thread count and batch size.
+
+        That is, whether it is made of known operators only, and even 8 bits have sums that float32 holds exactly.
+        """
+        if not self.layers.operators <= EXACT or self.layers.kept:
+            return False
+        widest = {layer.name: Bits(MAX_BITS, MAX_BITS) for layer in self.layers}
+        network = self._converted(widest, lambda module, layer: QuantizedLayer(module, layer.name))
+        return all(network.get_submodule(layer.name).largest_sum() < 2**24 for layer in self.layers)
 
     def _converted(self, bit_widths, make: Callable[[nn.Module, Layer], QuantizedLayer | LearnableLayer]) -> nn.Module:
         check_map(bit_widths, self.layers)

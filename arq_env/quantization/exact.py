@@ -9,6 +9,20 @@ from torch.overrides import TorchFunctionMode
 
 from arq_env.quantization.modules import replace_module
 
+#: Operators whose results no processor, thread count or batch size changes in a quantized network: they move values, or round one
+#: product, one sum or one quotient; or they are replaced here or by integers.
+# fmt: off
+EXACT = frozenset((
+    "convolution", "addmm", "mm", "linear", "native_batch_norm", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm", "mean", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "relu", "relu_", "hardtanh", "hardtanh_",
+    "clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "minimum", "max_pool2d_with_indices", "max_pool2d", "add",
+    "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "t", "transpose", "permute", "view",
+    "_unsafe_view", "reshape", "_reshape_copy", "flatten", "unflatten", "slice", "select", "cat", "constant_pad_nd",
+    "expand", "squeeze", "unsqueeze", "detach", "clone", "contiguous", "alias", "empty", "zeros", "new_zeros", "copy_",
+    "as_strided", "split", "chunk", "narrow",
+))
+# fmt: on
+
 
 class ExactNorm(_BatchNorm):
     """BatchNorm whose statistics are summed in float64, and which scales by one product and one sum a value.
