@@ -3,6 +3,7 @@
 import argparse
 import errno
 import sys
+import threading
 import warnings
 
 import gymnasium
@@ -64,12 +65,19 @@ def add_processes(parser: argparse.ArgumentParser, what: str, default: int = 1) 
     parser.add_argument("--processes", type=whole(1), default=default, help=f"{what} at a time, one thread each")
 
 
+def _in_thread(ended) -> None:
+    """No traceback of a thread that could not write: whoever started it meets the error again."""
+    if getattr(ended.exc_value, "errno", None) not in _UNWRITABLE:
+        threading.__excepthook__(ended)
+
+
 def run(main, *, resumes: bool = True) -> None:
     """Call ``main()``; end with one line and exit code 2 for a mistake of the user's, 130 for Ctrl-C.
 
     :param resumes: whether the same command goes on where an interrupted one stopped
     """
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    threading.excepthook = _in_thread
     try:
         main()
     except (ArqError, gymnasium.error.Error) as error:

@@ -79,7 +79,8 @@ def finetune(
     what = {
         "map": bit_widths,
         "network": problem.digest,
-        "evaluator": {"seed": settings.seed, "images": settings.images, "first": settings.first},  # calibration, held-out images
+        # what decides calibration and held-out images
+        "evaluator": {name: getattr(settings, name) for name in ("seed", "calibration_images", "images", "first")},
     }
     network = _trainable(evaluator, bit_widths)
 

@@ -16,6 +16,7 @@ from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings
 from arq_env.datasets import Split
+from arq_env.env import ArqEnv
 from arq_env.evaluation import Evaluator
 from tests.toy import make_toy_env, toy_dataset, toy_problem
 
@@ -50,7 +51,7 @@ def test_evaluations_made_otherwise_are_not_shared(tmp_path, change):
     assert not other._known
 
 
-def test_evaluations_on_other_data_or_of_another_reward_are_not_shared(tmp_path, monkeypatch):
+def test_evaluations_on_other_data_or_of_another_reward_are_not_shared(tmp_path):
     """As those of traces from before the reward had a number, which is the published ones'."""
     run(tmp_path, "uniform")
     data = toy_dataset()
@@ -58,6 +59,8 @@ def test_evaluations_on_other_data_or_of_another_reward_are_not_shared(tmp_path,
     elsewhere = Evaluator(toy_problem(load=lambda: other), make_toy_env().evaluator.settings)
     recall(elsewhere, tmp_path)
     assert not elsewhere._known
+    with pytest.raises(ArqError, match="differs in data.: choose another --output"):  # nor is a finished run handed back
+        run(tmp_path, "uniform", env=ArqEnv(elsewhere.problem, budget=0.03, settings=elsewhere.settings))
     path = tmp_path / "runs/uniform-0/config.json"
     config = json.loads(path.read_text())
     del config["reward_version"]

@@ -2,11 +2,13 @@ import errno
 import fcntl
 import os
 import pickle
+import threading
+import warnings
 
 import pytest
 import torch
 
-from arq_env import ArqError, __version__, files, provenance
+from arq_env import ArqError, __version__, command_line, files, provenance
 from arq_env.bitwidths import uniform
 from arq_env.datasets.cache import cache_folder
 from arq_env.problem import load_problem
@@ -93,3 +95,26 @@ def test_evaluators_are_pickled_without_what_is_made_again():
     assert (copy.reference.acr, copy.evaluate(bit_widths)) == before
     shipped = load_problem("resnet20", "signs")
     assert pickle.loads(pickle.dumps(shipped)).load.args == ("signs",)
+
+
+def test_a_thread_that_cannot_write_leaves_no_traceback(capsys, monkeypatch):
+    """As TensorBoard's, whose error its owner meets again; any other error of a thread is shown."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def main():
+        for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("a fault")):
+            thread = threading.Thread(target=raising, args=(error,))
+            thread.start()
+            thread.join()
+        raise OSError(errno.ENOSPC, "No space left on device", "events.out")
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.splitlines()[-1].startswith("error: cannot write events.out (No space left on device)")
+    assert said.count("Traceback") == 1 and "a fault" in said
+
+
+def raising(error):
+    raise error

@@ -83,8 +83,9 @@ def test_a_state_belongs_to_what_was_trained(evaluator, coarse, tmp_path):
     ):
         with pytest.raises(ArqError, match=f"differs in {what}.: choose another --output"):
             finetune(Evaluator(toy_problem(**changes), evaluator.settings), bit_widths, short, tmp_path)
-    with pytest.raises(ArqError, match="differs in evaluator"):
-        finetune(Evaluator(problem, replace(evaluator.settings, seed=1)), coarse, short, tmp_path)
+    for change in ({"seed": 1}, {"calibration_images": 64}):
+        with pytest.raises(ArqError, match="differs in evaluator"):
+            finetune(Evaluator(problem, replace(evaluator.settings, **change)), coarse, short, tmp_path)
     assert (tmp_path / "training.pt").read_bytes() == before
 
 

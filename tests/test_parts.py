@@ -129,6 +129,7 @@ def test_parts_that_share_images():
     data = toy_dataset()
     for change in (
         {"test": data.reward},
+        {"reward": Split(data.test.images[:2], data.test.labels[:2])},  # few of the test images, and nothing else
         {"reward": Split(data.train.images[-64:], data.train.labels[-64:])},
         {"test": Split(np.concatenate([data.test.images, data.train.images[:1]]), np.append(data.test.labels, 0))},
         {

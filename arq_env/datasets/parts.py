@@ -10,7 +10,7 @@ import numpy as np
 from arq_env.errors import ArqError
 
 PARTS = ("train", "reward", "test")
-#: Share of a part's images that may also be in another: photographs come twice here and there, parts by mistake.
+#: Share of the smaller part's images that two parts may have in common: photographs come twice here and there, parts by mistake.
 SHARED = 0.01
 
 
@@ -29,7 +29,7 @@ class Dataset:
 
     :param classes: their names, two or more
     :raises ArqError: when images are not uint8 [n, h, w, channels] of one shape, labels are not whole numbers that name a class,
-        one for each image, or more than 1% of a part's images are in another part, too
+        one for each image, or two parts share images, more than 1% of the smaller one's
     """
 
     name: str
@@ -71,7 +71,7 @@ def _check_disjoint(digests: dict[str, list[bytes]]) -> None:
     seen = {name: set(of_images) for name, of_images in digests.items()}
     for other, name in combinations(PARTS, 2):
         shared = sum(digest in seen[other] for digest in digests[name])
-        if shared > SHARED * len(digests[name]):
+        if shared > SHARED * min(len(digests[name]), len(digests[other])):  # of the smaller, which may lie in the other whole
             raise ArqError(
                 f"{shared} of the {len(digests[name])} {name} images are among the {other} images: what is measured on the {name} "
                 "part must not have been seen before, so cut the data set into parts that share none"

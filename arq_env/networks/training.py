@@ -4,10 +4,8 @@ Resumable at every epoch.
 """
 
 import functools
-import io
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,9 +16,9 @@ from torch.nn import functional
 
 from arq_env.datasets import Dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
-from arq_env.errors import ArqError, reason
-from arq_env.files import atomic_file
+from arq_env.errors import ArqError
 from arq_env.networks.checkpoints import channels_last
+from arq_env.networks.state import restore_state, save_state
 
 #: Learning rate of the logarithms of step sizes over that of weights.
 STEP_RATE = 5.0
@@ -157,7 +155,7 @@ def train(
 
     schedule = new_cycle()
     belongs_to = json.dumps({"recipe": asdict(recipe), "data set": dataset.digest} | (what or {}))
-    history = _restore(folder, belongs_to, network, optimizer, schedule)
+    history = restore_state(folder, belongs_to, network, optimizer, schedule)
     on_batch(len(history) * steps)
     # Fusing multiplications with additions speeds up the loops around the convolutions.
     compiled = functools.partial(torch.compile, options={"cpp.enable_floating_point_contract_flag": "fast"})
@@ -207,7 +205,7 @@ def train(
         }
         on_epoch(record)  # before the state is kept: an epoch cut off here is done again, and so is this call
         history.append(record)
-        _save(folder, belongs_to, network, optimizer, schedule, history)
+        save_state(folder, belongs_to, network, optimizer, schedule, history)
     return history
 
 
@@ -276,37 +274,3 @@ def noisy_accuracy(network, images, labels, *, sigma: float, seed: int = 0, batc
         right += int((network(part.to(device)).argmax(1).cpu() == as_tensor(labels[start : start + batch])).sum())
     network.train(was_training)
     return right / len(images)
-
-
-def _save(folder, belongs_to, network, optimizer, schedule, history) -> None:
-    state = {
-        "belongs_to": belongs_to,
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "history": history,
-    }
-    data = io.BytesIO()  # on a full disk torch.save hides the system's error behind one of its own
-    torch.save(state, data)
-    with atomic_file(Path(folder) / "training.pt") as file:
-        file.write(data.getbuffer())
-
-
-def _restore(folder, belongs_to, network, optimizer, schedule) -> list[dict]:
-    path = Path(folder) / "training.pt"
-    if not path.exists():
-        return []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        there, here = json.loads(state["belongs_to"]), json.loads(belongs_to)
-        differing = [key for key in here | there if here.get(key) != there.get(key)]
-        if differing:
-            raise ArqError(f"{path} is of another training (it differs in {', '.join(differing)}): choose another --output")
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        return list(state["history"])
-    except ArqError:
-        raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        raise ArqError(f"{path} cannot be gone on from ({reason(error)}): delete it, or choose another --output") from error

@@ -1,6 +1,7 @@
 import runpy
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ def called(monkeypatch, capsys):
     def call(name, *arguments):
         monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *map(str, arguments)])
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # a script sets its own
+        monkeypatch.setattr(threading, "excepthook", threading.excepthook)
         code = 0
         try:
             runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
