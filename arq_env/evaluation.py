@@ -4,7 +4,7 @@ import math
 import numbers
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,13 +15,12 @@ from scipy import stats
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, check_map
 from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
 from arq_env.certification.methods import SKIPPING
-from arq_env.certification.soft import mean_entropy, noisy_logits, radius_of_logits
+from arq_env.certification.soft import logits_of_copies, mean_entropy, noisy_copies, radius_of_logits
 from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import CALIBRATION_IMAGES, Problem
 from arq_env.quantization import Quantizer
 from arq_env.quantization.exact import exact_means
-from arq_env.quantization.integer import on_integers
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 
 #: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
@@ -33,6 +32,8 @@ NOISE_LOSS = 0.5
 LUCK = 0.05
 #: Samples of the FP32 network for each one that an incremental reward replays: a one-off cost, which makes its bound tight.
 CACHE_FACTOR = 16
+#: Most values of noisy images that are kept from evaluation to evaluation (256 MiB).
+KEPT_VALUES = 2**26
 #: Decimal places of an ACR that count; and of FP32's figures, whose convolutions every processor rounds in its own way.
 PLACES, FP32_PLACES = 9, 5
 #: Noise samples an image that a reward may ask for: a hundred times those of the field's largest certificates.
@@ -151,11 +152,12 @@ class Evaluator:
     def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings()):
         self.problem, self.settings = problem, settings
         self._known: dict[tuple, Evaluation] = {}
+        self._kept_noisy: list[torch.Tensor] | None = None
 
     def __getstate__(self):
         """What is pickled and copied: what was measured, but no network, image or noise that can be made again."""
         again = ("quantizer", "divergence", "_cache", "_reward_images", "_fp32_logits")
-        return {name: value for name, value in vars(self).items() if name not in again}
+        return {name: value for name, value in vars(self).items() if name not in again} | {"_kept_noisy": None}
 
     @cached_property
     def quantizer(self) -> Quantizer:
@@ -211,7 +213,7 @@ class Evaluator:
         key = tuple(bit_widths.items())
         if key not in self._known:
             quantizer = self.quantizer  # calibrated before the clock starts
-            self._known[key] = self.measure(lambda: on_integers(quantizer.quantize(self.regained(bit_widths))))
+            self._known[key] = self.measure(lambda: quantizer.quantize(self.regained(bit_widths), integers=True))
         return self._known[key]
 
     def regained(self, bit_widths: BitWidthMap) -> BitWidthMap:
@@ -248,7 +250,7 @@ class Evaluator:
         start = time.perf_counter()
         with exact_means():
             if s.reward_method == "soft":
-                logits = noisy_logits(build(), images, sigma=sigma, n=s.n, seed=s.seed)
+                logits = logits_of_copies(build(), self._noisy)
                 return self._soft(radius_of_logits(logits, labels, sigma=sigma, entropy=entropy), start)
             skip = s.reward_method in SKIPPING  # what is wrong cannot count
             counts = {"n0": s.n0, "n": s.n, "alpha": s.alpha, "seed": s.seed}
@@ -271,8 +273,19 @@ class Evaluator:
 
     @cached_property
     def _fp32_logits(self) -> torch.Tensor:
+        return logits_of_copies(self.problem.network, self._noisy)
+
+    @property
+    def _noisy(self) -> Iterable[torch.Tensor]:
+        """The noisy reward images, which all networks are asked about: kept where they are not too large, else drawn again."""
+        if self._kept_noisy is not None:
+            return self._kept_noisy
         s, (images, _) = self.settings, self._reward_images
-        return noisy_logits(self.problem.network, images, sigma=self.problem.sigma, n=s.n, seed=s.seed)
+        copies = noisy_copies(images, sigma=self.problem.sigma, n=s.n, seed=s.seed)
+        if images.numel() * s.n > KEPT_VALUES:
+            return copies
+        self._kept_noisy = list(copies)
+        return self._kept_noisy
 
     @cached_property
     def _cache(self) -> PredictionCache | None:

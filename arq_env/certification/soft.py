@@ -1,5 +1,7 @@
 """The radius of the soft smoothed classifier, estimated: little noise in it, so it tells similar networks apart."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from scipy import optimize, stats
@@ -19,7 +21,7 @@ from arq_env.certification.sampling import as_output, call
 from arq_env.errors import ArqError
 
 #: Images whose noise is drawn together; fixed, so that the noise does not depend on the device.
-IMAGES_AT_ONCE = 32
+IMAGES_AT_ONCE = 64
 #: Mean probabilities are kept this far from 0 and 1, where the radius would be infinite.
 MARGIN = 1e-4
 #: Logits are multiplied by no less and no more than these to reach an entropy.
@@ -80,15 +82,11 @@ def softmax_entropy(network, images, *, sigma: float, n: int, seed: int = 0) -> 
     return mean_entropy(noisy_logits(network, images, sigma=sigma, n=n, seed=seed))
 
 
-@torch.inference_mode()
-def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.Tensor:
-    """What a network says of n noisy copies of each image, float64 [images, n, classes] on the CPU.
+def noisy_copies(images, *, sigma: float, n: int, seed: int) -> Iterator[torch.Tensor]:
+    """n noisy copies of each image, a few images at a time: float32 [n, few, c, h, w], the same bits on every processor.
 
-    :raises ArqError: where that is NaN or infinite, for anything but logits, and for arguments out of range
+    :raises ArqError: for arguments out of range
     """
-    checked_classifier(network)
-    if not isinstance(network, torch.nn.Module):
-        raise ArqError(f"network is {shown(network)}: give a torch module, which is what a soft radius is estimated for")
     sigma, n, seed = checked_sigma(sigma), whole("n", n, 1, MOST_SAMPLES), whole("seed", seed, 0, MOST_SEED)
     images = torch.from_numpy(np.array(checked_pixels(images), order="C"))
     if images.dim() != 4:
@@ -97,16 +95,34 @@ def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.T
         raise ArqError(
             f"n is {n:,} for {len(images):,} images of shape {tuple(images.shape[1:])}: give a smaller n or fewer images"
         )
-    device = device_of(network)
-    generator = np.random.Generator(np.random.SFC64(seed))  # the same bits on every processor, which torch's does not give
-    parts = []
+    generator = np.random.Generator(np.random.SFC64(seed))  # torch's draws differ from processor to processor
     for part in images.split(IMAGES_AT_ONCE):
         noise = torch.from_numpy(generator.standard_normal((n, *part.shape), np.float32))
         noisy = noise.mul_(sigma).add_(part)
-        noisy = noisy.flatten(0, 1).to(device, memory_format=torch.channels_last)
-        size = IMAGES_AT_ONCE if device.type == "cpu" else len(noisy)  # larger batches overflow a CPU's caches
-        logits = torch.cat([_logits(network, batch) for batch in noisy.split(size)])
-        parts.append(logits.double().cpu().unflatten(0, (n, len(part))).transpose(0, 1))
+        yield noisy.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (n, len(part)))
+
+
+def noisy_logits(network, images, *, sigma: float, n: int, seed: int) -> torch.Tensor:
+    """What a network says of n noisy copies of each image, float64 [images, n, classes] on the CPU.
+
+    :raises ArqError: where that is NaN or infinite, for anything but logits, and for arguments out of range
+    """
+    return logits_of_copies(network, noisy_copies(images, sigma=sigma, n=n, seed=seed))
+
+
+@torch.inference_mode()
+def logits_of_copies(network, copies: Iterable[torch.Tensor]) -> torch.Tensor:
+    """What a network says of what :func:`noisy_copies` gives, as :func:`noisy_logits`."""
+    checked_classifier(network)
+    if not isinstance(network, torch.nn.Module):
+        raise ArqError(f"network is {shown(network)}: give a torch module, which is what a soft radius is estimated for")
+    device = device_of(network)
+    parts = []
+    for noisy in copies:
+        images = noisy.flatten(0, 1).to(device)
+        size = IMAGES_AT_ONCE if device.type == "cpu" else len(images)  # larger batches overflow a CPU's caches
+        logits = torch.cat([_logits(network, batch) for batch in images.split(size)])
+        parts.append(logits.double().cpu().unflatten(0, noisy.shape[:2]).transpose(0, 1))
     logits = torch.cat(parts)
     if not logits.isfinite().all():
         raise ArqError("the network gave NaN or infinite logits: no radius can be estimated")

@@ -11,6 +11,7 @@ from arq_env.errors import ArqError
 from arq_env.layers import Layer, Layers
 from arq_env.quantization.calibrate import reestimate_batch_norm, sample_activations
 from arq_env.quantization.exact import EXACT, exact_norms
+from arq_env.quantization.integer import on_integers
 from arq_env.quantization.modules import LearnableLayer, QuantizedLayer, UnroundedLayer, replace_module
 from arq_env.quantization.quantizers import ActivationLevels, activation_levels, weight_steps
 
@@ -34,13 +35,14 @@ class Quantizer:
         self._weight_steps: dict[tuple[str, int], torch.Tensor] = {}
         self._activation_levels: dict[tuple[str, int], ActivationLevels] = {}
 
-    def quantize(self, bit_widths: BitWidthMap) -> nn.Module:
+    def quantize(self, bit_widths: BitWidthMap, *, integers: bool = False) -> nn.Module:
         """Step sizes by mean squared error, then BatchNorm's statistics anew: a quantized copy, in evaluation mode.
 
+        :param integers: on integer kernels where they give the same bits (:func:`arq_env.quantization.integer.on_integers`)
         :raises ArqError: naming the layer, when the map is not one for this network
         """
         quantized = exact_norms(self._converted(bit_widths, lambda module, layer: QuantizedLayer(module, layer.name)))
-        reestimate_batch_norm(quantized, self.images)
+        reestimate_batch_norm(on_integers(quantized) if integers else quantized, self.images)
         return quantized
 
     def learnable(self, bit_widths: BitWidthMap) -> nn.Module:

@@ -24,10 +24,14 @@ EXACT = frozenset((
 # fmt: on
 
 
-class ExactNorm(_BatchNorm):
-    """BatchNorm whose statistics are summed in float64, and which scales by one product and one sum a value.
+#: So many numbers are summed in float64, where their order does not matter any more.
+LAST = 128
 
-    torch's own kernel may fuse the two, or not, and its sums depend on the order of the threads.
+
+class ExactNorm(_BatchNorm):
+    """BatchNorm whose statistics are summed in one order, and which scales by one product and one sum a value.
+
+    torch's own kernel may fuse the two, or not, and its sums depend on the number of threads.
     """
 
     def __init__(self, norm: _BatchNorm):
@@ -50,18 +54,29 @@ class ExactNorm(_BatchNorm):
         return (input * scale.to(input.dtype).view(shape)).add_(shift.to(input.dtype).view(shape))
 
     def _statistics(self, input):
-        axes, count = [0, *range(2, input.dim())], input.numel() // input.shape[1]
-        mean = input.sum(axes, dtype=torch.float64) / count
+        count, shape = input.numel() // input.shape[1], (-1, *[1] * (input.dim() - 2))
+        mean = _sum_by_channel(input) / count
         # about the rounded mean, so that squares of large numbers do not hide a small variance
         middle = mean.to(input.dtype)
-        centred = input - middle.view(-1, *[1] * (input.dim() - 2))
-        variance = centred.square_().sum(axes, dtype=torch.float64) / count - (mean - middle.double()).square()
+        variance = _sum_by_channel((input - middle.view(shape)).square_()) / count - (mean - middle.double()).square()
         if self.training and self.track_running_stats:
             self.num_batches_tracked += 1
             share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
             for running, new in ((self.running_mean, mean), (self.running_var, variance * count / max(count - 1, 1))):
                 running.copy_(running.double() * (1 - share) + new * share)
         return mean, variance
+
+
+def _sum_by_channel(input: torch.Tensor) -> torch.Tensor:
+    """Sums over all but the channels, float64 [channels], always in the same order: one half of the positions plus the other."""
+    rows = input.movedim(1, -1).reshape(-1, input.shape[1])
+    while len(rows) > LAST:
+        half = len(rows) // 2
+        summed = rows[:half] + rows[half : 2 * half]
+        if len(rows) % 2:
+            summed[0] += rows[-1]
+        rows = summed
+    return rows.sum(0, dtype=torch.float64)
 
 
 def exact_norms(network: nn.Module) -> nn.Module:
