@@ -15,8 +15,9 @@ import torch
 
 from arq_env.errors import ArqError
 
-#: Packages whose classes and functions are known by their names; of all others the code counts.
-_KNOWN_BY_NAME = {"torch", "numpy", "scipy", *sys.stdlib_module_names} - {"__main__"}
+#: Packages whose classes and functions are known by their names; of all others the code counts. This one's versions stand beside a
+#: digest wherever results are kept.
+_KNOWN_BY_NAME = {"torch", "numpy", "scipy", "arq_env", *sys.stdlib_module_names} - {"__main__"}
 #: Where such objects come from, what they hold has no influence on what a module computes.
 _WITHOUT_EFFECT = {"_abc", "_contextvars", "_io", "_thread", "_weakref", "logging", "threading", "weakref"}
 #: What every module has, and what torch.compile leaves on one; what counts of it is read by itself.
@@ -123,7 +124,7 @@ class _Reader:
     def _function(self, function):
         held = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         if _known_by_name(function):
-            return "known function", f"{function.__module__}.{function.__qualname__}".encode(), self.digest(held)
+            return "known function", _name(function), self.digest(held)
         parts = function.__code__, function.__defaults__, function.__kwdefaults__, held, self._used(function)
         return "function", *map(self.digest, parts)
 
@@ -139,7 +140,7 @@ class _Reader:
     def _class(self, kind):
         parts = ["class"]
         for base in kind.__mro__:
-            parts.append(f"{base.__module__}.{base.__qualname__}".encode())
+            parts.append(_name(base))
             if _known_by_name(base):
                 continue
             for name, value in sorted(vars(base).items()):
@@ -196,6 +197,12 @@ def _script(module) -> list[bytes]:
 
 def _known_by_name(value) -> bool:
     return str(value.__module__).partition(".")[0] in _KNOWN_BY_NAME
+
+
+def _name(value) -> bytes:
+    """What a class or function is called; of this package without the file, which may move."""
+    module = str(value.__module__)
+    return f"{'arq_env' if module.startswith('arq_env.') else module}.{value.__qualname__}".encode()
 
 
 def _is_read(value, there: dict) -> bool:
