@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import BASELINES
@@ -89,6 +90,32 @@ def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -
     best = np.maximum.accumulate([episode.reward for episode in episodes])
     index = np.arange(1, evaluations + 1) - int(np.ceil(setup)) - 1
     return np.where(index >= 0, best[np.clip(index, 0, len(best) - 1)], np.nan)
+
+
+def half_width(values, level: float = 0.95) -> float | None:
+    """Half of Student's confidence interval for the mean of runs; None for a single run, which says nothing of others.
+
+    >>> round(half_width([1.0, 2.0, 3.0]), 2)
+    2.48
+    """
+    n = len(values)
+    return float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
+
+
+def difference_of_means(a, b, comparisons: int, level: float = 0.95) -> dict[str, float | None]:
+    """Mean of a's runs less that of b's, and half of Welch's confidence interval, which is None where both are single runs.
+
+    A single run stands for a search that always comes out the same, and counts as exact.
+
+    :param comparisons: so many differences are looked at together; all of their intervals hold at once with this level (Bonferroni)
+    """
+    errors = [np.var(runs, ddof=1) / len(runs) if len(runs) > 1 else 0.0 for runs in (a, b)]
+    difference, error = float(np.mean(a) - np.mean(b)), sum(errors)
+    if len(a) == len(b) == 1:
+        return {"mean": difference, "half_width": None}
+    parts = sum(e**2 / (len(runs) - 1) for e, runs in zip(errors, (a, b), strict=True) if len(runs) > 1)
+    freedom = error**2 / parts if parts else 1.0
+    return {"mean": difference, "half_width": float(stats.t.ppf(1 - (1 - level) / 2 / comparisons, freedom) * np.sqrt(error))}
 
 
 def reaches(curve: np.ndarray, reward: float) -> int | None:

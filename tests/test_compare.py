@@ -8,8 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from agents.compare import best_so_far, reaches, recall, run_search, setup_cost, share_sensitivities
+from agents.compare import (
+    best_so_far,
+    difference_of_means,
+    half_width,
+    reaches,
+    recall,
+    run_search,
+    setup_cost,
+    share_sensitivities,
+)
 from agents.finishing import finished_radii, workers
 from agents.trace import read_trace
 from arq_env import ArqError
@@ -139,3 +149,28 @@ def test_finished_maps_are_kept(tmp_path, monkeypatch):
     assert (finished_radii(evaluator, maps["coarse"], tmp_path, steps=4, settings=settings) == first["coarse"]).all()
     with pytest.raises(pytest.fail.Exception, match="finished again"):
         finished_radii(evaluator, maps["coarse"], tmp_path, steps=5, settings=settings)
+
+
+def test_intervals_are_student_s_and_welch_s():
+    a, b = [-0.40, -0.43, -0.39, -0.41, -0.42], [-0.44, -0.50, -0.47]
+    low, high = stats.t.interval(0.95, 4, np.mean(a), stats.sem(a))
+    assert half_width(a) == pytest.approx((high - low) / 2) and half_width([1.0]) is None
+    one = difference_of_means(a, b, 1)
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (one["mean"] - one["half_width"], one["mean"] + one["half_width"]) == pytest.approx((low, high))
+    assert difference_of_means(a, b, 10)["half_width"] > one["half_width"]  # ten at once
+    low, high = stats.ttest_1samp(a, -0.5).confidence_interval(0.95)
+    single = difference_of_means(a, [-0.5], 1)
+    assert single["mean"] + single["half_width"] == pytest.approx(high + 0.5)
+    assert difference_of_means([1.0], [2.0], 3) == {"mean": -1.0, "half_width": None}
+
+
+def test_intervals_hold_all_at_once():
+    """Of twenty differences between searches that are alike, with five runs each: in about 95 of 100 comparisons all hold zero."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        ours, *others = rng.normal(size=(21, 5))
+        found = [difference_of_means(ours, other, 20) for other in others]
+        held += all(abs(d["mean"]) <= d["half_width"] for d in found)
+    assert held / 400 > 0.94
