@@ -234,6 +234,8 @@ def _tied(layer: Layer, first: str) -> Layer:
 def _check_network(network) -> None:
     if kind_of(network) is not None:
         raise ArqError("the network is a single layer, which has no name: wrap it in nn.Sequential")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ArqError("the network is a TorchScript module, whose layers cannot be replaced: give the module it was made from")
     for name, tensor in network.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ArqError(f"{name!r} has values of {tensor.dtype}: convert the network with .float() before quantizing it")

@@ -397,6 +397,12 @@ def test_other_precisions_are_refused(dtype):
         find_layers(net().to(dtype), SHAPE)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(ArqError, match="TorchScript"):
+        find_layers(torch.jit.trace(net(), NOISE), SHAPE)
+
+
 def test_a_network_that_cannot_take_the_image_says_why():
     with pytest.raises(ArqError, match=r"cannot be run on an image \[1, 16, 16\]"):
         find_layers(net(), (1, 16, 16))
