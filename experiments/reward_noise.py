@@ -1,7 +1,8 @@
 """Measure how far one draw of images, noise and calibration moves the reward of maps that searches ended with.
 
-Every draw is of training images, with noise and calibration images of its own. What all maps share in a draw is taken off, so
-that the paired standard deviation is what a comparison of maps suffers from. Stop it at any time: the same command goes on.
+Every draw is of training images, with noise and calibration images of its own. Images or calibration images are also drawn anew
+by themselves, and noise and calibration images for the reward's own images. What all maps share in a draw is taken off, so that
+the paired standard deviation is what a comparison of maps suffers from. Stop it at any time: the same command goes on.
 """
 
 import itertools
@@ -41,7 +42,7 @@ def main():
     files, header, maps = chosen_maps(options)
     problem = header["network"], header["dataset"], header["sigma"], header["provenance"]["training"]
     tasks = [(a, "all", 1 + draw) for a in ALLOCATIONS for draw in range(options.draws)]
-    tasks += [((2_000, 1, 320), part, 1 + draw) for part in ("images", "calibration") for draw in range(options.draws)]
+    tasks += [((2_000, 1, 320), part, 1 + draw) for part in ("images", "calibration", "reward") for draw in range(options.draws)]
     tasks += [(REFERENCE, "all", REFERENCE_SEED + draw) for draw in range(REFERENCE_DRAWS)]
     store = options.output / f"{options.maps.name}-draws"
     with workers(options.processes) as pool:
@@ -90,11 +91,11 @@ def one_draw(store: Path, problem, maps, task) -> dict:
     loaded = load_problem(network, dataset, sigma=sigma, training=training)
 
     def evaluator(seed):
-        drawn = {"images": images, "n": n, "calibration_images": calibration, "seed": seed, "part": "train"}
-        return Evaluator(loaded, CertifierSettings(**drawn, regained_bits=1))
+        drawn = {"images": images, "n": n, "calibration_images": calibration, "seed": seed}
+        return Evaluator(loaded, CertifierSettings(**drawn, part="reward" if part == "reward" else "train", regained_bits=1))
 
     judge = evaluator(0 if part == "calibration" else seed)
-    if part != "all":  # one of the two is the same in all draws
+    if part in ("images", "calibration"):  # the other is the same in all draws
         judge.quantizer = evaluator(seed if part == "calibration" else 0).quantizer
     evaluations = [judge.evaluate(bit_widths) for bit_widths in maps]
     row = {
