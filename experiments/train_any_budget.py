@@ -49,7 +49,7 @@ def main():
         episodes=options.episodes,
         folder=options.output,
         seed=options.seed,
-        config={"env": options.env},
+        config={"env": options.env, "training": options.training},
     )
     print(export_budgets(agent, env, options.algorithm, options.budgets, options.output))
 
