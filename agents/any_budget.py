@@ -12,7 +12,8 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from agents.algorithms import ALGORITHMS, build_agent
 from agents.baselines import least_sensitive
-from agents.levers import seen_with, split_method
+from agents.levers import seen_with
+from agents.methods import split_method
 from agents.run_folder import export_map, open_folder, read_config
 from agents.search import learn, start
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, uniform

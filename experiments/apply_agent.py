@@ -5,15 +5,13 @@ By default on what it learned on, for further budgets; with other options elsewh
 
 from pathlib import Path
 
-from agents.any_budget import export_budgets, learned_on, load_agent
-from agents.main import add_environment, make_env
-from arq_env import ArqError, command_line
+from agents import command_line
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("agent", type=Path, metavar="RUN", help="folder of train_any_budget.py")
-    add_environment(parser)
+    command_line.add_environment(parser)
     parser.set_defaults(env=None, sigma=None, training=None, regained_bits=None)  # those of the agent
     budgets = (0.005, 0.007, 0.009, 0.012, 1 / 64, 0.025)
     parser.add_argument("--budgets", type=float, nargs="+", default=budgets, help="budgets to export a map for")
@@ -21,8 +19,14 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+from agents.any_budget import export_budgets, learned_on, load_agent
+from agents.main import make_env
+from arq_env import ArqError
+
+
+def main(options):
     known = learned_on(options.agent)
     for name in ("env", "sigma", "training", "regained_bits"):
         if getattr(options, name) is None:
@@ -39,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

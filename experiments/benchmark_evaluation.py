@@ -1,16 +1,36 @@
 """Measure where the time of one evaluation goes, its share inside forward passes, and how long a step takes."""
 
+from pathlib import Path
+
+from agents import command_line
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
+    parser.add_argument("--repeats", type=command_line.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of noise and calibration")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("experiments/results/evaluation_cost.json"),
+        help="JSON file for the figures",
+    )
+    return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
 import statistics
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import gymnasium
 import torch
 from tqdm import tqdm
 
 import arq_env  # noqa: F401  (registers the ids)
-from arq_env import command_line
 from arq_env.bitwidths import uniform
 from arq_env.files import write_json
 from arq_env.provenance import provenance
@@ -48,20 +68,7 @@ def step_seconds(env, episodes: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def main():
-    parser = command_line.parser(__doc__)
-    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
-    parser.add_argument("--repeats", type=command_line.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of noise and calibration")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("experiments/results/evaluation_cost.json"),
-        help="JSON file for the figures",
-    )
-    options = parser.parse_args()
-
+def main(options):
     env = gymnasium.make(options.env, device=options.device, seed=options.seed, disable_env_checker=True).unwrapped
     evaluator, layers = env.evaluator, env.layers
     start = time.perf_counter()
@@ -97,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, resumes=False)
+    command_line.run(main, options, resumes=False)
