@@ -7,14 +7,11 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.haq import HaqEnv, build_haq_agent, warm_up_steps
+from agents.methods import AGENTS
 from arq_env.errors import ArqError
 
 ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
-#: All that learn: stable-baselines3's, and the published search as reconstructed in :mod:`agents.haq`.
-AGENTS = (*ALGORITHMS, "arq")
 
-#: Episodes of a search by default.
-EPISODES = 150
 #: Episodes of uniformly random actions before the first gradient step.
 WARM_UP_EPISODES = 20
 #: By which exploration noise shrinks, an episode.

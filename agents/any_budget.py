@@ -12,7 +12,8 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from agents.algorithms import ALGORITHMS, build_agent
 from agents.baselines import least_sensitive
-from agents.levers import seen_with, split_method
+from agents.levers import seen_with
+from agents.methods import split_method
 from agents.run_folder import export_map, open_folder, read_config
 from agents.search import learn, start
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, uniform
@@ -149,10 +150,26 @@ def read_agent_config(run: Path) -> dict:
 
     :raises ArqError: when there is none, or it is not of such an agent
     """
-    config = read_config(run / "config.json")
+    try:
+        config = read_config(run / "config.json")
+    except ArqError:
+        config = {}
     if not isinstance(config.get("algorithm"), str) or "budgets" not in config:
         raise ArqError(f"{run} holds no agent for all budgets: give the folder of train_any_budget.py")
     return config
+
+
+def learned_on(run: Path) -> dict:
+    """What an agent for all budgets learned on: ``env, sigma, training, regained_bits``, as a command line gives them.
+
+    :return: without what the folder does not say, such as the training in one that no script made
+    :raises ArqError: as :func:`read_agent_config`
+    """
+    config = read_agent_config(run)
+    certifier = config.get("certifier") if isinstance(config.get("certifier"), dict) else {}
+    found = {name: config.get(name) for name in ("env", "sigma", "training")} | {"regained_bits": certifier.get("regained_bits")}
+    kinds = {"env": str, "sigma": int | float, "training": str, "regained_bits": int}
+    return {name: value for name, value in found.items() if isinstance(value, kinds[name]) and not isinstance(value, bool)}
 
 
 def load_agent(run: Path, env) -> tuple[OffPolicyAlgorithm, str]:

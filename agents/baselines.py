@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from agents.methods import WITH_OPTUNA
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, uniform
 from arq_env.budget import BopsBudget
 from arq_env.errors import ArqError
@@ -162,6 +163,3 @@ BASELINES = {
     "evolution": evolution,
     "parzen": parzen,
 }
-WITH_OPTUNA = ("evolution", "parzen")
-#: Those that start from measured sensitivities, which take :func:`arq_env.sensitivity.forward_passes`.
-WITH_SENSITIVITIES = ("greedy", "integer_program")

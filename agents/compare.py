@@ -7,26 +7,15 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from agents.algorithms import ALGORITHMS
-from agents.baselines import BASELINES
 from agents.haq import cached_samples
-from agents.levers import split_method, uses_sensitivities
+from agents.levers import uses_sensitivities
+from agents.methods import split_method
 from agents.run_folder import evaluation_identity, read_config
 from agents.search import search
 from agents.trace import Episode, read_trace
 from arq_env.evaluation import Evaluator
 from arq_env.files import sha256, write_json
 from arq_env.sensitivity import forward_passes
-
-#: What is compared by default.
-METHODS = (
-    *BASELINES,
-    "integer_program+exchange",
-    "arq",
-    *ALGORITHMS,
-    "sac+exchange",
-    *(f"{agent}+features+demonstrations+exchange" for agent in ("td3", "sac")),
-)
 
 
 def is_deterministic(method: str) -> bool:

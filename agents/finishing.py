@@ -1,7 +1,7 @@
 """What maps are worth once finished: each fine-tuned by one short recipe and certified on test images, in worker processes.
 
 A search can win its reward and lose the network; this is the number that counts. Options are those of a script that has called
-:func:`add_finishing` and :func:`agents.main.add_environment`.
+:func:`agents.command_line.add_finishing` and :func:`agents.command_line.add_environment`.
 """
 
 import contextlib
@@ -21,8 +21,6 @@ import torch
 from tqdm import tqdm
 
 from agents.main import make_env
-from agents.search import CONFIRMING_STEPS
-from arq_env import command_line
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
 from arq_env.errors import ArqError, reason
@@ -30,13 +28,6 @@ from arq_env.evaluation import Evaluator
 from arq_env.files import read_json, sha256, write_json
 from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.provenance import provenance
-
-
-def add_finishing(parser) -> None:
-    """The options of the short recipe and of the certificates."""
-    parser.add_argument("--steps", type=command_line.whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
-    parser.add_argument("--every", type=command_line.whole(1), default=10, help="certify it on every so many-th test image")
-    parser.add_argument("--n", type=command_line.whole(10), default=200, help="noise samples that count a class there")
 
 
 @contextlib.contextmanager

@@ -27,46 +27,18 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.algorithms import AGENTS, ALGORITHMS
-from agents.baselines import BASELINES, WITH_SENSITIVITIES, Proposals, affordable, greedy, integer_program
+from agents.baselines import Proposals, affordable, greedy, integer_program
 from agents.haq import incremental_reward
+from agents.methods import CHANGES, INFORMED, WITH_SENSITIVITIES, split_method
 from agents.recorder import Recorder
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
 from arq_env.env import REWARD_SCALE
-from arq_env.errors import ArqError
 from arq_env.sensitivity import MEASURED, places
 
-#: What :func:`agents.algorithms.build_agent` is told to do otherwise.
-CHANGES = {
-    "demonstrations": {"warm_up": 0},
-    "onestep": {"n_steps": 1},
-    "onegradient": {"gradient_steps": 1},
-    "steadynoise": {"noise_decay": 1.0},
-}
-#: Those that need measured sensitivities, and all.
-INFORMED = ("features", "demonstrations", "exchange")
-LEVERS = tuple(dict.fromkeys(("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")))
 #: Evaluations that ``exchange`` keeps for itself, at least.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.
 LEAST_EFFECT = 1e-5
-
-
-def split_method(method: str) -> tuple[str, tuple[str, ...]]:
-    """The search and the levers of a method such as ``td3+features``.
-
-    :raises ArqError: for an unknown search or lever, and for a lever that this search cannot have
-    """
-    name, *levers = method.split("+")
-    if name not in (*AGENTS, *BASELINES):
-        raise ArqError(f"there is no search {name!r}: choose of {', '.join((*BASELINES, *AGENTS))}")
-    for lever in levers:
-        if lever not in LEVERS:
-            raise ArqError(f"there is nothing called {lever!r} to add to {name}: choose of {', '.join(LEVERS)}")
-        able = [other for other in ALGORITHMS if lever != "steadynoise" or other != "sac"]  # SAC's own policy is random
-        if lever != "exchange" and name not in able:
-            raise ArqError(f"{lever} cannot be added to {name}: only to {', '.join(able)}")
-    return name, tuple(levers)
 
 
 def uses_sensitivities(method: str) -> bool:

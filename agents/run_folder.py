@@ -6,7 +6,8 @@ from pathlib import Path
 
 from agents.algorithms import ALGORITHMS, hyperparameters
 from agents.haq import CONSTANTS, haq_hyperparameters
-from agents.levers import changes, split_method
+from agents.levers import changes
+from agents.methods import split_method
 from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
 from arq_env.errors import ArqError, reason

@@ -10,10 +10,11 @@ import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from tqdm import tqdm
 
-from agents.algorithms import AGENTS, WARM_UP_EPISODES, build_agent
+from agents.algorithms import WARM_UP_EPISODES, build_agent
 from agents.baselines import BASELINES, Proposals
 from agents.callbacks import RecordEpisodes
-from agents.levers import EXCHANGES, changes, demonstrate, demonstrations, exchange, seen_with, split_method
+from agents.levers import EXCHANGES, changes, demonstrate, demonstrations, exchange, seen_with
+from agents.methods import AGENTS, split_method
 from agents.recorder import Recorder
 from agents.run_folder import export_map, open_folder
 from agents.trace import Episode
@@ -23,11 +24,10 @@ from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
 from arq_env.files import atomic_file, read_json
 from arq_env.finetuning import finish_briefly
+from arq_env.settings import CONFIRMING_STEPS
 
 #: Maps with the highest rewards that are judged again, on other images.
 CANDIDATES = 5
-#: Batches of fine-tuning that each of them gets before, where the reward only foretells it.
-CONFIRMING_STEPS = 96
 
 
 def search(
@@ -50,7 +50,7 @@ def search(
     time (but see :class:`agents.haq.HaqEnv`); so a killed and resumed search ends exactly where an uninterrupted one does. More
     ``episodes`` than before extend it, and one that has come to its end is left as it is.
 
-    :param algorithm: one of :data:`agents.algorithms.AGENTS` or :data:`agents.baselines.BASELINES`, and what :mod:`agents.levers`
+    :param algorithm: one of :data:`agents.methods.AGENTS` or :data:`agents.methods.SEARCHES`, and what :mod:`agents.levers`
         adds, such as ``td3+features``; some of the baselines end before all episodes are used
     :param env: a single :class:`arq_env.env.ArqEnv`, wrapped or not
     :param folder: the run folder; it may hold an earlier part of the same search, and nothing else

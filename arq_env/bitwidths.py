@@ -7,8 +7,8 @@ from typing import NamedTuple
 from arq_env.errors import ArqError, reason
 from arq_env.files import read_json, write_json
 from arq_env.layers import Layer, kept_macs, total_macs
+from arq_env.settings import MAX_BITS, MIN_BITS
 
-MIN_BITS, MAX_BITS = 2, 8
 #: Bits of the first and the last layer by default; every method in the field leaves them at 8.
 END_BITS = 8
 #: What uniform bits are called, such as W4A4.

@@ -17,27 +17,10 @@ from arq_env.files import sha256
 from arq_env.layers import Layer
 from arq_env.problem import Problem
 from arq_env.provenance import provenance
+from arq_env.settings import TestSettings
 
 #: Name of the network that is not quantized.
 FP32 = "FP32"
-
-
-@dataclass(frozen=True)
-class TestSettings:
-    """A certificate for reporting: Cohen's certifier at its published alpha.
-
-    :param every: take every so many-th test image
-    :param offset: index of the first of them
-    """
-
-    __test__ = False  # not a test class, whatever pytest thinks of its name
-
-    every: int = 20
-    offset: int = 0
-    n0: int = 100
-    n: int = 1_000
-    alpha: float = 0.001
-    seed: int = 0
 
 
 @dataclass(frozen=True)

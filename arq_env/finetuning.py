@@ -12,21 +12,12 @@ import torch
 from arq_env.bitwidths import BitWidthMap
 from arq_env.certification import certify
 from arq_env.evaluation import Evaluator
-from arq_env.networks.training import Recipe, train
+from arq_env.networks.recipe import Recipe, finetuning_recipe
+from arq_env.networks.training import train
 from arq_env.problem import Problem
 
 #: Images of the reward split that epochs are judged on, at most.
 HELD_OUT = 464
-
-
-def finetuning_recipe(sigma: float, **changes) -> Recipe:
-    """The recipe of the reported figures: a short cycle that distils the base network on noisy images, and nothing else.
-
-    The base network knows what its training under noise has taught it; labels and a consistency loss pull the quantized network
-    elsewhere.
-    """
-    default = Recipe(sigma, epochs=3, batch=128, optimizer="adamw", peak_rate=0.001, weight_decay=1e-4, distillation=1.0)
-    return replace(default, **changes)
 
 
 def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:

@@ -1,33 +1,46 @@
-"""Let an agent that was trained for every budget choose maps elsewhere, for another noise, training or data, without learning.
+"""Let an agent that was trained for every budget choose maps, without learning.
 
-For the agent's own environment it exports maps of further budgets.
+By default on what it learned on, for further budgets; with other options elsewhere, for another noise, training or data.
 """
 
 from pathlib import Path
 
-from agents.any_budget import export_budgets, load_agent
-from agents.main import add_environment, make_env
-from arq_env import command_line
+from agents import command_line
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("agent", type=Path, metavar="RUN", help="folder of train_any_budget.py")
-    add_environment(parser, training="consistency", regained_bits=1)
+    command_line.add_environment(parser)
+    parser.set_defaults(env=None, sigma=None, training=None, regained_bits=None)  # those of the agent
     budgets = (0.005, 0.007, 0.009, 0.012, 1 / 64, 0.025)
     parser.add_argument("--budgets", type=float, nargs="+", default=budgets, help="budgets to export a map for")
     parser.add_argument("--output", type=Path, help="folder for the maps (default: below RUN, named by what it is applied to)")
-    options = parser.parse_args()
-    options.output = options.output or options.agent / f"applied-{options.env}-sigma{options.sigma:g}-{options.training}"
-    return options
+    return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+from agents.any_budget import export_budgets, learned_on, load_agent
+from agents.main import make_env
+from arq_env import ArqError
+
+
+def main(options):
+    known = learned_on(options.agent)
+    for name in ("env", "sigma", "training", "regained_bits"):
+        if getattr(options, name) is None:
+            if name not in known:
+                option = name.replace("_", "-")
+                raise ArqError(f"{options.agent}/config.json does not say what {option} the agent learned on: give --{option}")
+            setattr(options, name, known[name])
+    finer = f"-regained{options.regained_bits}" if options.regained_bits != known.get("regained_bits") else ""
+    applied = f"applied-{options.env}-sigma{options.sigma:g}-{options.training}{finer}"
     options.budget = max(options.budgets)
-    agent, algorithm = load_agent(options.agent)
-    print(export_budgets(agent, make_env(options), algorithm, options.budgets, options.output))
+    env = make_env(options)
+    agent, algorithm = load_agent(options.agent, env)
+    print(export_budgets(agent, env, algorithm, options.budgets, options.output or options.agent / applied))
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

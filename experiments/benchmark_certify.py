@@ -1,22 +1,8 @@
 """Measure the certifier's time against adversarial-robustness-toolbox's, real runs taken in turns. A stopped run starts over."""
 
-import time
-import tracemalloc
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from agents.finishing import workers
-from arq_env import ArqError, command_line
-from arq_env.certification import CompiledNetwork, certify
-from arq_env.files import write_json
-from arq_env.problem import load_problem
-from arq_env.provenance import provenance
-
-N0, ALPHA = 100, 0.001
+from agents import command_line
 
 
 def parse():
@@ -24,9 +10,29 @@ def parse():
     parser.add_argument("--images", type=command_line.whole(1), default=50, help="test images, evenly spaced")
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    command_line.add_processes(parser, "images for the compiled network", default=torch.get_num_threads())
+    command_line.add_processes(parser, "images for the compiled network", default=None)
     parser.add_argument("--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table")
     return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
+import time
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from agents.finishing import workers
+from arq_env import ArqError
+from arq_env.certification import CompiledNetwork, certify
+from arq_env.files import write_json
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+
+N0, ALPHA = 100, 0.001
 
 
 def speed(problem, images, labels, n: int, seed: int, processes: int, map) -> dict:
@@ -146,8 +152,8 @@ def peak_megabytes(image, n: int, seed: int) -> float:
     return peak / 1e6
 
 
-def main():
-    options = parse()
+def main(options):
+    options.processes = options.processes or torch.get_num_threads()
     problem = load_problem("resnet20", "cifar10", sigma=0.5)
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
     images, labels = images[: options.images], labels[: options.images]
@@ -178,4 +184,4 @@ def report(document: dict) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, resumes=False)
+    command_line.run(main, options, resumes=False)

@@ -1,16 +1,36 @@
 """Measure where the time of one evaluation goes, its share inside forward passes, and how long a step takes."""
 
+from pathlib import Path
+
+from agents import command_line
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
+    parser.add_argument("--repeats", type=command_line.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of noise and calibration")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("experiments/results/evaluation_cost.json"),
+        help="JSON file for the figures",
+    )
+    return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
 import statistics
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import gymnasium
 import torch
 from tqdm import tqdm
 
 import arq_env  # noqa: F401  (registers the ids)
-from arq_env import command_line
 from arq_env.bitwidths import uniform
 from arq_env.files import write_json
 from arq_env.provenance import provenance
@@ -48,20 +68,7 @@ def step_seconds(env, episodes: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def main():
-    parser = command_line.parser(__doc__)
-    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
-    parser.add_argument("--repeats", type=command_line.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of noise and calibration")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("experiments/results/evaluation_cost.json"),
-        help="JSON file for the figures",
-    )
-    options = parser.parse_args()
-
+def main(options):
     env = gymnasium.make(options.env, device=options.device, seed=options.seed, disable_env_checker=True).unwrapped
     evaluator, layers = env.evaluator, env.layers
     start = time.perf_counter()
@@ -71,10 +78,12 @@ def main():
     rows = []
     network_class = type(env.problem.network)
     for bits in tqdm(range(2, 2 + options.repeats), unit="map"):
+        bit_widths = uniform(layers, bits, (bits - 1) % 7 + 2)
+        evaluator.quantizer.quantize(bit_widths)  # not counted: a search chooses the step sizes of these bits only once
         whole, forward, quantize = [], [], []
         with timed(network_class, "forward", forward), timed(evaluator.quantizer, "quantize", quantize):
             with timed(evaluator, "evaluate", whole):
-                evaluator.evaluate(uniform(layers, bits, (bits - 1) % 7 + 2))
+                evaluator.evaluate(bit_widths)
         rows.append({"evaluation": sum(whole), "forward": sum(forward), "quantize_with_batch_norm": sum(quantize)})
     median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     median["certify"] = median["evaluation"] - median["quantize_with_batch_norm"]
@@ -97,4 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, resumes=False)
+    command_line.run(main, options, resumes=False)

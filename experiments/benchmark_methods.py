@@ -4,9 +4,29 @@ The noise is drawn once, at the largest n, and every method takes its samples fr
 noise.
 """
 
+from pathlib import Path
+
+from agents import command_line
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--images", type=command_line.whole(20), default=250, help="test images, evenly spaced")
+    parser.add_argument("--thin", type=command_line.whole(1), default=5, help="replay for variants on every so many-th of them")
+    parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
+    parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
+    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
+    command_line.add_processes(parser, "images for the compiled network", default=None)
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table and the plot"
+    )
+    return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -14,7 +34,6 @@ import torch
 from tqdm import tqdm
 
 from agents.finishing import workers
-from arq_env import command_line
 from arq_env.bitwidths import uniform
 from arq_env.certification import METHODS, CompiledNetwork, smoothing_radius
 from arq_env.certification.cache import CachedRows
@@ -27,20 +46,6 @@ from arq_env.provenance import provenance
 
 PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.265, 0.28, 0.3, 0.4, 0.6, 1.0)
 RADIUS = 0.5
-
-
-def parse():
-    parser = command_line.parser(__doc__)
-    parser.add_argument("--images", type=command_line.whole(20), default=250, help="test images, evenly spaced")
-    parser.add_argument("--thin", type=command_line.whole(1), default=5, help="replay for variants on every so many-th of them")
-    parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
-    parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    command_line.add_processes(parser, "images for the compiled network", default=torch.get_num_threads())
-    parser.add_argument(
-        "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table and the plot"
-    )
-    return parser.parse_args()
 
 
 class Recorded:
@@ -173,8 +178,8 @@ def plot(curves: dict[str, dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main():
-    options = parse()
+def main(options):
+    options.processes = options.processes or torch.get_num_threads()
     problem = load_problem("resnet20", "cifar10", sigma=0.5)
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
     images, labels = images[: options.images], labels[: options.images]
@@ -211,4 +216,4 @@ def report(taken: dict) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, resumes=False)
+    command_line.run(main, options, resumes=False)

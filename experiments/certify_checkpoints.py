@@ -3,21 +3,9 @@
 Stop it at any time: every image that is done is in the TSV table of its network, and the same command goes on there.
 """
 
-import json
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from arq_env import ArqError, command_line
-from arq_env.certification import CompiledNetwork, estimate_seconds
-from arq_env.comparison import TestSettings, certify_on_test_images, summarize
-from arq_env.files import write_json
-from arq_env.networks.checkpoints import shipped
-from arq_env.problem import load_problem
-from arq_env.provenance import provenance
-from arq_env.report import reference_table
+from agents import command_line
 
 
 def parse():
@@ -34,8 +22,25 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import json
+from dataclasses import asdict
+from functools import partial
+
+from tqdm import tqdm
+
+from arq_env import ArqError
+from arq_env.certification import CompiledNetwork, estimate_seconds
+from arq_env.comparison import TestSettings, certify_on_test_images, summarize
+from arq_env.files import write_json
+from arq_env.networks.checkpoints import shipped
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+from arq_env.report import reference_table
+
+
+def main(options):
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
     there = {checkpoint.name: checkpoint for checkpoint in shipped()}
     for name in options.names or there:
@@ -80,4 +85,4 @@ def certify_one(checkpoint, settings, options):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

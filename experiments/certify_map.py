@@ -3,18 +3,9 @@
 Tables that are already there, for the same network, map and settings, are not made again: stop it and go on at any time.
 """
 
-from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from arq_env import ArqError, command_line
-from arq_env.bitwidths import uniform
-from arq_env.comparison import TestSettings, compare_maps
-from arq_env.evaluation import Evaluator, settings_of
-from arq_env.files import write_json
-from arq_env.problem import load_mapped
-from arq_env.report import comparison_table, layer_table
+from agents import command_line
 
 
 def parse():
@@ -33,13 +24,27 @@ def parse():
     parser.add_argument(
         "--output", type=Path, help="JSON file for the figures (default: beside the map, named by every, offset and n)"
     )
-    return parser.parse_args()
-
-
-def main():
-    options = parse()
+    options = parser.parse_args()
     if not options.uniform:
-        raise ArqError("--uniform needs at least one bit-width to compare with")
+        parser.error("--uniform needs at least one bit-width to compare with")
+    return options
+
+
+options = command_line.start(__name__, parse)
+
+from functools import partial
+
+from tqdm import tqdm
+
+from arq_env.bitwidths import uniform
+from arq_env.comparison import TestSettings, compare_maps
+from arq_env.evaluation import Evaluator, settings_of
+from arq_env.files import write_json
+from arq_env.problem import load_mapped
+from arq_env.report import comparison_table, layer_table
+
+
+def main(options):
     problem, found, document, path = load_mapped(options.run, options.device)
     maps = {f"W{bits}A{bits}": uniform(problem.layers, bits, bits) for bits in options.uniform} | {"found": found}
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
@@ -59,4 +64,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -6,55 +6,63 @@ that the searches export are then fine-tuned by one short recipe and certified o
 a search can win its reward and lose the network. Stop it at any time: the same command goes on.
 """
 
-import math
-from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from scipy import stats
-from tqdm import tqdm
-
-from agents.baselines import WITH_OPTUNA, import_optuna
-from agents.compare import METHODS, best_so_far, is_deterministic, reaches, run_search, setup_cost
-from agents.finishing import add_finishing, finish, workers
-from agents.levers import split_method
-from agents.main import add_environment, make_env
-from agents.trace import count_episodes, read_trace
-from arq_env import ArqError, command_line
-from arq_env.bitwidths import load_map
-from arq_env.comparison import FP32, ratio_of_means
-from arq_env.files import write_json
-from arq_env.provenance import provenance
+from agents import command_line
 
 
 def parse():
+    from agents.methods import COMPARED, split_method
+
     parser = command_line.parser(__doc__)
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
+        default=list(COMPARED),
         metavar="METHOD",
         help="searches, each with what agents/levers.py adds, such as td3+features",
     )
     parser.add_argument("--seeds", type=command_line.whole(1), default=3, help="runs of each search that draws at random")
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
-    add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
+    command_line.add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
-    add_finishing(parser)
+    command_line.add_finishing(parser)
     parser.add_argument("--rewards-only", action="store_true", help="finish no map")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, figures and plot")
     parser.add_argument("--name", default="comparison", help="of figures and plot there, before the budget")
     options = parser.parse_args()
     options.methods = list(dict.fromkeys(options.methods))
     for method in options.methods:
-        if split_method(method)[0] in WITH_OPTUNA:
-            import_optuna()
+        split_method(method)  # mistakes first
     return options
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import math
+from concurrent.futures import FIRST_COMPLETED, wait
+
+import matplotlib
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from agents.baselines import import_optuna
+from agents.compare import best_so_far, is_deterministic, reaches, run_search, setup_cost
+from agents.finishing import finish, workers
+from agents.main import make_env
+from agents.methods import WITH_OPTUNA, split_method
+from agents.trace import count_episodes, read_trace
+from arq_env import ArqError
+from arq_env.bitwidths import load_map
+from arq_env.comparison import FP32, ratio_of_means
+from arq_env.files import write_json
+from arq_env.provenance import provenance
+
+
+def main(options):
+    if any(split_method(method)[0] in WITH_OPTUNA for method in options.methods):
+        import_optuna()
     env = make_env(options)  # before any worker starts, so that mistakes come first
     for method in options.methods:
         if options.episodes <= (setup := math.ceil(setup_cost(method, env))):
@@ -212,4 +220,4 @@ def plot(document: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

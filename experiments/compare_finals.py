@@ -5,16 +5,9 @@ among the folders), so that a gain from training is not taken for one from bits;
 two maps as well. Reads what finalize.py and certify_checkpoints.py left; certifies nothing.
 """
 
-import json
-from itertools import combinations
 from pathlib import Path
 
-from arq_env import ArqError, command_line
-from arq_env.certification import Certificates
-from arq_env.comparison import paired_difference, paired_ratio
-from arq_env.files import atomic_file, write_json
-from arq_env.provenance import provenance
-from arq_env.report import finals_table
+from agents import command_line
 
 
 def parse():
@@ -30,8 +23,20 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import json
+from itertools import combinations
+
+from arq_env import ArqError
+from arq_env.certification import Certificates
+from arq_env.comparison import paired_difference, paired_ratio
+from arq_env.files import atomic_file, write_json
+from arq_env.provenance import provenance
+from arq_env.report import finals_table
+
+
+def main(options):
     finals = [read(folder, f"summary-n{options.n}", f"certificates-n{options.n}") for folder in options.finals]
     alike = {recipe_of(final): certificates for final, certificates in finals if final["map"] == "FP32"}
     rows = []
@@ -91,4 +96,4 @@ def read(folder: Path, summary: str, certificates: str) -> tuple[dict, Certifica
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -4,28 +4,14 @@ The map is a run folder of a search, a bit_widths.json, found or edited by hand,
 fine-tune the base network by the same recipe. Stop it at any time: the same command goes on.
 """
 
-import dataclasses
-from functools import partial
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-from arq_env import command_line
-from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
-from arq_env.certification import CompiledNetwork
-from arq_env.comparison import TestSettings, certify_on_test_images, summarize
-from arq_env.evaluation import CertifierSettings, Evaluator, settings_of
-from arq_env.files import write_json, writing
-from arq_env.finetuning import finetune, finetuning_recipe
-from arq_env.networks.training import Recipe, batches_per_epoch
-from arq_env.problem import load_mapped, load_problem
-from arq_env.provenance import provenance
-from arq_env.quantization import integer_network, model_bytes, save_quantized
-from arq_env.report import layer_table
+from agents import command_line
 
 
 def parse():
+    from arq_env.networks.recipe import finetuning_recipe
+
     parser = command_line.parser(__doc__)
     parser.add_argument("map", metavar="RUN", help="run folder, bit_widths.json, FP32, or uniform bits such as W4A4")
     parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs (a map's file decides for itself)")
@@ -55,8 +41,29 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import dataclasses
+from functools import partial
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
+from arq_env.certification import CompiledNetwork
+from arq_env.comparison import TestSettings, certify_on_test_images, summarize
+from arq_env.evaluation import CertifierSettings, Evaluator, settings_of
+from arq_env.files import write_json, writing
+from arq_env.finetuning import finetune
+from arq_env.networks.recipe import Recipe, finetuning_recipe
+from arq_env.networks.training import batches_per_epoch
+from arq_env.problem import load_mapped, load_problem
+from arq_env.provenance import provenance
+from arq_env.quantization import integer_network, model_bytes, save_quantized
+from arq_env.report import layer_table
+
+
+def main(options):
     problem, bit_widths, name, found = chosen_map(options)
     searched = settings_of(found)
     folder = options.output or default_folder(options, name)
@@ -149,4 +156,4 @@ def default_folder(options, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -5,14 +5,35 @@ fine-tuned by one short recipe and certified on test images, as compare.py does 
 again. Maps of two curves that cost about the same are also compared in pairs, image by image.
 """
 
-from itertools import combinations
 from pathlib import Path
+
+from agents import command_line
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "MAP"), help="a curve and its maps")
+    command_line.add_environment(parser, training="consistency", regained_bits=1)
+    parser.set_defaults(budget=1.0)  # maps are taken as they are
+    command_line.add_processes(parser, "maps")
+    command_line.add_finishing(parser)
+    parser.add_argument("--store", type=Path, default=Path("runs/compare"), help="folder of compare.py, for what is finished")
+    parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; the plot goes beside it")
+    options = parser.parse_args()
+    for name, *given in options.maps:
+        if not given:
+            parser.error(f"--maps {name} names no map: give a bit_widths.json or uniform bits such as W4A4 for each")
+    return options
+
+
+options = command_line.start(__name__, parse)
+
+from itertools import combinations
 
 import matplotlib
 
-from agents.finishing import add_finishing, finish, workers
-from agents.main import add_environment, make_env
-from arq_env import ArqError, command_line
+from agents.finishing import finish, workers
+from agents.main import make_env
 from arq_env.bitwidths import bops_fraction, load_map, named_uniform
 from arq_env.comparison import FP32, standard_error
 from arq_env.files import write_json
@@ -22,24 +43,7 @@ from arq_env.provenance import provenance
 ALIKE = 1.1
 
 
-def parse():
-    parser = command_line.parser(__doc__)
-    parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "MAP"), help="a curve and its maps")
-    add_environment(parser, training="consistency", regained_bits=1)
-    parser.set_defaults(budget=1.0)  # maps are taken as they are
-    command_line.add_processes(parser, "maps")
-    add_finishing(parser)
-    parser.add_argument("--store", type=Path, default=Path("runs/compare"), help="folder of compare.py, for what is finished")
-    parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; the plot goes beside it")
-    options = parser.parse_args()
-    for name, *given in options.maps:
-        if not given:
-            raise ArqError(f"--maps {name} names no map: give a bit_widths.json or uniform bits such as W4A4 for each")
-    return options
-
-
-def main():
-    options = parse()
+def main(options):
     layers = make_env(options).get_wrapper_attr("layers")
     maps = {(name, one): chosen_map(one, layers) for name, *given in options.maps for one in given}
     with workers(options.processes) as pool:
@@ -112,4 +116,4 @@ def plot(curves: dict, options) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -3,23 +3,14 @@
 Stop it at any time; the same command goes on after the last finished epoch.
 """
 
-import dataclasses
 from pathlib import Path
 
-import torch
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-from arq_env import command_line
-from arq_env.datasets import load_dataset
-from arq_env.files import writing
-from arq_env.networks.checkpoints import SHIPPED, Checkpoint, build_network, load_weights, save_checkpoint
-from arq_env.networks.training import Recipe, batches_per_epoch, noisy_accuracy, train, training_method
-from arq_env.problem import check_device
-from arq_env.provenance import provenance
+from agents import command_line
 
 
 def parse():
+    from arq_env.networks.recipe import Recipe
+
     parser = command_line.parser(__doc__)
     parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs")
     parser.add_argument("--network", default="resnet20", help="the network's name")
@@ -59,8 +50,24 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import dataclasses
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from arq_env.datasets import load_dataset
+from arq_env.files import writing
+from arq_env.networks.checkpoints import SHIPPED, Checkpoint, build_network, load_weights, save_checkpoint
+from arq_env.networks.recipe import Recipe, training_method
+from arq_env.networks.training import batches_per_epoch, noisy_accuracy, train
+from arq_env.problem import check_device
+from arq_env.provenance import provenance
+
+
+def main(options):
     torch.manual_seed(options.seed)
     network, start = build_network(options.network), ""
     if options.start:
@@ -111,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -5,32 +5,9 @@ certified on reward images that the in-loop evaluation does not see. Stop it at 
 lines beside the result, and the same command goes on there.
 """
 
-import concurrent.futures
-import dataclasses
-import json
-import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from scipy import stats
-from tqdm import tqdm
-
-from agents.finishing import workers
-from arq_env import ArqError, command_line
-from arq_env.bitwidths import Bits
-from arq_env.certification import certify
-from arq_env.env import ArqEnv
-from arq_env.evaluation import CertifierSettings, Evaluator
-from arq_env.files import drop_partial_line, write_json
-from arq_env.finetuning import brief_recipe, finish_briefly
-from arq_env.problem import load_problem
-from arq_env.provenance import provenance
-
-#: Images that judge the finished networks: the reward split's last ones.
-JUDGES = 1_024
-#: Scored as `regained_bits` of :class:`arq_env.evaluation.CertifierSettings` says.
-FINER = "weights 1 bit finer"
+from agents import command_line
 
 
 def parse():
@@ -44,9 +21,38 @@ def parse():
         "--n", type=command_line.whole(5), default=32, help="noise samples that count a class of a finished network"
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
-    command_line.add_processes(parser, "maps", default=torch.get_num_threads())
+    command_line.add_processes(parser, "maps", default=None)
     parser.add_argument("--output", type=Path, default=Path("experiments/results/rank_maps"), help="folder for the figures")
     return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
+import concurrent.futures
+import dataclasses
+import json
+import time
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+from agents.finishing import workers
+from arq_env import ArqError
+from arq_env.bitwidths import Bits
+from arq_env.certification import certify
+from arq_env.env import ArqEnv
+from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.files import drop_partial_line, write_json
+from arq_env.finetuning import brief_recipe, finish_briefly
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+
+#: Images that judge the finished networks: the reward split's last ones.
+JUDGES = 1_024
+#: Scored as `regained_bits` of :class:`arq_env.evaluation.CertifierSettings` says.
+FINER = "weights 1 bit finer"
 
 
 class Worker:
@@ -139,8 +145,8 @@ def agreement(records: list[dict]) -> dict:
     }
 
 
-def main():
-    options = parse()
+def main(options):
+    options.processes = options.processes or torch.get_num_threads()
     problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
     settings = {name: getattr(options, name) for name in ("budgets", "sigma", "training", "steps", "n", "seed")}
     recipe = brief_recipe(problem, options.steps, options.seed)
@@ -186,4 +192,4 @@ def read(lines: Path, settings: dict) -> list[dict]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

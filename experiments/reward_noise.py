@@ -5,26 +5,9 @@ by themselves, and noise and calibration images for the reward's own images. Wha
 the paired standard deviation is what a comparison of maps suffers from. Stop it at any time: the same command goes on.
 """
 
-import itertools
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
-from tqdm import tqdm
-
-from agents.finishing import workers
-from arq_env import ArqError, command_line
-from arq_env.bitwidths import load_map
-from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
-from arq_env.files import read_json, write_json
-from arq_env.problem import load_problem
-from arq_env.provenance import provenance
-
-#: Images, noise samples of each, calibration images: the reward of version 1, today's, and others for as many or more passes.
-ALLOCATIONS = ((512, 4, 1_280), (1_000, 2, 320), (2_000, 1, 160), (2_000, 1, 320), (2_000, 1, 1_280), (4_000, 1, 320))
-#: What ranks the maps as truly as can be afforded: so many draws of this allocation, their seeds from REFERENCE_SEED on.
-REFERENCE, REFERENCE_DRAWS, REFERENCE_SEED = (8_000, 1, 320), 4, 1_000
+from agents import command_line
 
 
 def parse():
@@ -37,8 +20,30 @@ def parse():
     return parser.parse_args()
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import itertools
+from functools import partial
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from agents.finishing import workers
+from arq_env import ArqError
+from arq_env.bitwidths import load_map
+from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
+from arq_env.files import read_json, write_json
+from arq_env.problem import load_problem
+from arq_env.provenance import provenance
+
+#: Images, noise samples of each, calibration images: the reward of version 1, today's, and others for as many or more passes.
+ALLOCATIONS = ((512, 4, 1_280), (1_000, 2, 320), (2_000, 1, 160), (2_000, 1, 320), (2_000, 1, 1_280), (4_000, 1, 320))
+#: What ranks the maps as truly as can be afforded: so many draws of this allocation, their seeds from REFERENCE_SEED on.
+REFERENCE, REFERENCE_DRAWS, REFERENCE_SEED = (8_000, 1, 320), 4, 1_000
+
+
+def main(options):
     files, header, maps = chosen_maps(options)
     problem = header["network"], header["dataset"], header["sigma"], header["provenance"]["training"]
     tasks = [(a, "all", 1 + draw) for a in ALLOCATIONS for draw in range(options.draws)]
@@ -141,4 +146,4 @@ def by_halves(draws: list) -> float:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -5,17 +5,13 @@ The budget of each episode is drawn at random; the observation holds it. Stop it
 
 from pathlib import Path
 
-import numpy as np
-
-from agents.any_budget import export_budgets, train_for_any_budget
-from agents.main import add_environment, make_env
-from arq_env import ArqError, command_line
+from agents import command_line
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--algorithm", default="td3", help="of stable-baselines3, and levers, such as td3+features+demonstrations")
-    add_environment(parser, training="consistency", regained_bits=1)
+    command_line.add_environment(parser, training="consistency", regained_bits=1)
     parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try")
     parser.add_argument("--low", type=float, default=0.005, help="smallest budget, as a fraction of FP32's bit operations")
     parser.add_argument("--high", type=float, default=0.03, help="largest budget")
@@ -29,17 +25,25 @@ def parse():
     parser.add_argument("--output", type=Path, default=Path("runs/any-budget"), help="run folder")
     options = parser.parse_args()
     if not 0 < options.low < options.high <= 1:
-        raise ArqError(f"budgets from {options.low} to {options.high} were asked for: give two fractions in (0, 1], --low first")
-    if options.budgets is None:
-        even = np.geomspace(options.low, options.high, 8)
-        options.budgets = [min(max(float(f"{budget:.2g}"), options.low), options.high) for budget in even]
-    elif outside := [budget for budget in options.budgets if not options.low <= budget <= options.high]:
-        raise ArqError(f"the agent learns on budgets from {options.low} to {options.high}, and {outside[0]} is not: change either")
+        parser.error(f"budgets from {options.low} to {options.high} were asked for: give two fractions in (0, 1], --low first")
+    outside = [budget for budget in options.budgets or () if not options.low <= budget <= options.high]
+    if outside:
+        parser.error(f"the agent learns on budgets from {options.low} to {options.high}, and {outside[0]} is not: change either")
     return options
 
 
-def main():
-    options = parse()
+options = command_line.start(__name__, parse)
+
+import numpy as np
+
+from agents.any_budget import export_budgets, train_for_any_budget
+from agents.main import make_env
+
+
+def main(options):
+    if options.budgets is None:
+        even = np.geomspace(options.low, options.high, 8)
+        options.budgets = [min(max(float(f"{budget:.2g}"), options.low), options.high) for budget in even]
     options.budget = options.high
     env = make_env(options)
     agent = train_for_any_budget(
@@ -49,10 +53,10 @@ def main():
         episodes=options.episodes,
         folder=options.output,
         seed=options.seed,
-        config={"env": options.env},
+        config={"env": options.env, "training": options.training},
     )
     print(export_budgets(agent, env, options.algorithm, options.budgets, options.output))
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, options)

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_checker import check_env
 from torch import nn
 
 from agents.algorithms import WARM_UP_EPISODES
-from agents.any_budget import DrawnBudget, export_budgets, load_agent, map_for_budget, train_for_any_budget
+from agents.any_budget import DrawnBudget, export_budgets, learned_on, load_agent, map_for_budget, train_for_any_budget
 from agents.baselines import least_sensitive
 from agents.levers import seen_with
 from agents.trace import read_trace
@@ -178,3 +178,21 @@ def test_budgets_out_of_order(tmp_path):
     run(tmp_path, episodes=2)
     with pytest.raises(ArqError, match="budgets"):
         train_for_any_budget("td3", make_toy_env(), (LOW, 0.05), episodes=2, folder=tmp_path, progress=False)
+
+
+def test_what_an_agent_learned_on(tmp_path):
+    """As far as its folder says so, and in the kinds that a command line gives."""
+    config = {"algorithm": "td3", "budgets": [LOW, HIGH], "env": "ARQ-X-v0", "sigma": 0.25, "certifier": {"regained_bits": 1}}
+    for changes, missing in (
+        ({"training": "consistency"}, set()),
+        ({}, {"training"}),
+        ({"training": None, "sigma": True, "env": 3, "certifier": [1]}, {"training", "sigma", "env", "regained_bits"}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        found = learned_on(tmp_path)
+        assert {"env", "sigma", "training", "regained_bits"} - found.keys() == missing
+    assert learned_on(tmp_path) == {}
+    for text in ("{}", "[]", "no JSON", json.dumps({"algorithm": ["td3"], "budgets": []})):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ArqError, match="holds no agent for all budgets"):
+            learned_on(tmp_path)

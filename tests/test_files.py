@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 
-from arq_env import ArqError, __version__, command_line, files, provenance
+from agents import command_line
+from arq_env import ArqError, __version__, files, provenance
 from arq_env.bitwidths import uniform
 from arq_env.datasets.cache import cache_folder
 from arq_env.problem import load_problem

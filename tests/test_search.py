@@ -10,7 +10,9 @@ import pytest
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise
+from agents.baselines import BASELINES
 from agents.haq import HaqDdpg
+from agents.methods import COMPARED, LEARNERS, SEARCHES, split_method
 from agents.recorder import Recorder
 from agents.search import CANDIDATES, confirm
 from agents.trace import read_trace
@@ -329,3 +331,9 @@ def test_noise_decays_after_the_warm_up():
     assert spread[WARM_UP_EPISODES] == pytest.approx(0.5, rel=0.1)
     assert spread[WARM_UP_EPISODES + 5] == pytest.approx(0.5 * 0.9**5, rel=0.15)
     assert spread[-1] == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_names_of_the_searches_are_those_there_are():
+    assert tuple(ALGORITHMS) == LEARNERS and tuple(BASELINES) == SEARCHES
+    for method in COMPARED:
+        split_method(method)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
-from agents.algorithms import ALGORITHMS, EPISODES, WARM_UP_EPISODES, DecayingNoise, hyperparameters
+from agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise, hyperparameters
 from agents.callbacks import ExplorationNoise
+from agents.methods import EPISODES
 from arq_env.registration import ENVIRONMENTS, HORIZONS
 from tests.toy import make_toy_env
 

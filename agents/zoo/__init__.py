@@ -1,6 +1,7 @@
 """The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file agents.zoo.td3``."""
 
-from agents.algorithms import EPISODES, hyperparameters
+from agents.algorithms import hyperparameters
+from agents.methods import EPISODES
 from arq_env.registration import ENVIRONMENTS, HORIZONS
 
 

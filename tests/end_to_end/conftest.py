@@ -1,4 +1,5 @@
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -17,11 +18,13 @@ def called(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *map(str, arguments)])
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # a script sets its own
         monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGINT)
         try:
             runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handler)
         return subprocess.CompletedProcess(name, code, *capsys.readouterr())
 
     return call

@@ -2,6 +2,10 @@
 
 import json
 import runpy
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from dataclasses import replace
 
@@ -19,6 +23,36 @@ from tests.end_to_end.scripts import ROOT, assert_one_line_error, script
 def test_help(called, name):
     done = called(name, "--help")
     assert done.returncode == 0 and "--output" in done.stdout
+
+
+def test_help_imports_nothing_that_takes_seconds():
+    scripts = [str(path) for path in sorted((ROOT / "experiments").glob("*.py"))]
+    code = f"""
+import runpy, sys
+sys.argv[1:] = ["--help"]
+for script in {scripts}:
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, script
+print(sorted({{"torch", "scipy", "stable_baselines3", "matplotlib", "tensorboard"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, arguments", [("train_td3", ["--env", "ARQ-ResNet20-Signs-v0"]), ("compare", ["--methods", "random"])]
+)
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 1.0])
+def test_ctrl_c_while_a_script_starts(tmp_path, name, arguments, seconds):
+    """One line and exit code 130, from a script's first line on: Python itself needs some hundredths of a second before."""
+    command = [sys.executable, f"experiments/{name}.py", *arguments, "--output", tmp_path / "run"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130 and said.startswith("interrupted: ") and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize(

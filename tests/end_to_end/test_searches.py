@@ -77,6 +77,14 @@ def test_comparing_mistakes(called, tmp_path):
         called("train_any_budget", "--low", "0", "--output", tmp_path / "x"), "budgets from 0.0 to 0.03", "low first"
     )
     assert_one_line_error(called("apply_agent", tmp_path), "holds no agent for all budgets")
+    (tmp_path / "config.json").write_text(
+        '{"algorithm": "td3", "budgets": [0.01, 0.02], "env": "ARQ-ResNet20-Signs-v0", "sigma": 0.5}'
+    )
+    assert_one_line_error(called("apply_agent", tmp_path), "training the agent learned on", "give --training")
+    given = ["--training", "gaussian", "--regained-bits", "0"]
+    assert_one_line_error(called("apply_agent", tmp_path, *given), "holds no agent that can be read")
+    assert_one_line_error(called("apply_agent", tmp_path, *given, "--sigma", "7"), "resnet20-signs-sigma0.5-gaussian")
+    (tmp_path / "config.json").unlink()
     assert_one_line_error(called("pareto", "--maps", "mine"), "mine names no map")
     assert_one_line_error(called("pareto", "--maps", "mine", "W9A4"), "9", "2 to 8")
     assert_one_line_error(called("pareto", "--maps", "mine", tmp_path / "none.json"), "none.json cannot be read")
@@ -136,8 +144,7 @@ def test_one_agent_exports_a_map_for_each_budget(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
     assert [row["budget"] for row in rows] == [0.01, 0.015] and all(row["bops_fraction"] <= row["budget"] for row in rows)
-    applied = shlex.split("--env ARQ-ResNet20-Signs-v0 --training gaussian --budgets 0.01 0.012")
-    again = script("apply_agent", tmp_path, *applied)
+    again = script("apply_agent", tmp_path, "--budgets", "0.01", "0.012")  # on what it learned on
     assert again.returncode == 0, again.stderr
     there = json.loads((tmp_path / "applied-ARQ-ResNet20-Signs-v0-sigma0.5-gaussian" / "budgets.json").read_text())["rows"]
     assert there[0] == rows[0] and 0 < there[1]["bops_fraction"] <= 0.012

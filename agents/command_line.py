@@ -1,0 +1,209 @@
+"""What every script shares: its parser's look, options that several have, errors in one line, and Ctrl-C at any time.
+
+A script imports this first, then parses (:func:`start`), then imports what takes seconds, then works (:func:`run`). So nothing is
+imported here, before a call, but what Python itself brings.
+"""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+#: Of errors in writing that are the user's to mend, wherever they come from (TensorBoard writes in a thread of its own).
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        """Show a default only where there is one."""
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, as for every other mistake."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring and every default."""
+    return _OneLineParser(description=description, formatter_class=_Defaults, allow_abbrev=False)
+
+
+def whole(least: int, most: int = 2**32 - 1):
+    """The type of an option that takes a whole number from ``least`` to ``most``."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{value} is out of range: give a whole number from {least}" + (f" to {most}" if most < 2**31 else "")
+            )
+        return value
+
+    convert.__name__ = "whole number"
+    return convert
+
+
+def add_test_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that make up a certificate on test images, named as in :class:`arq_env.settings.TestSettings`."""
+    from arq_env.settings import TestSettings
+
+    for name, kind, what in (
+        ("every", whole(1), "take every so many-th test image"),
+        ("offset", whole(0), "index of the first of them"),
+        ("n0", whole(1), "noise samples that select a class"),
+        ("n", whole(1), "noise samples that count it"),
+        ("alpha", float, "error probability of each certificate"),
+        ("seed", whole(0), "of the certification noise"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(TestSettings, name), help=what)
+
+
+def add_environment(
+    parser: argparse.ArgumentParser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0
+) -> None:
+    """The options that :func:`agents.main.make_env` takes.
+
+    :param budget: the default; without it there is no such option
+    :param training, regained_bits: defaults
+    """
+    from arq_env.settings import MAX_BITS, MIN_BITS
+
+    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
+    if budget is not None:
+        parser.add_argument("--budget", type=float, default=budget, help="bit operations, as a fraction of FP32's")
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        default=0.5,
+        help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
+    )
+    parser.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
+    parser.add_argument(
+        "--regained-bits",
+        type=whole(0, MAX_BITS - MIN_BITS),
+        default=regained_bits,
+        help="judge maps with weights so many bits finer: 1 for a map to fine-tune (finalize.py), 0 for one to use as it is",
+    )
+    parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; an agent stays on the CPU")
+
+
+def add_finishing(parser: argparse.ArgumentParser) -> None:
+    """The options of the short recipe and of the certificates in :mod:`agents.finishing`."""
+    from arq_env.settings import CONFIRMING_STEPS
+
+    parser.add_argument("--steps", type=whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
+    parser.add_argument("--every", type=whole(1), default=10, help="certify it on every so many-th test image")
+    parser.add_argument("--n", type=whole(10), default=200, help="noise samples that count a class there")
+
+
+def add_processes(parser: argparse.ArgumentParser, what: str, default: int | None = 1) -> None:
+    """The option ``--processes``, with what each of them does one of at a time.
+
+    :param default: None for as many as torch has threads, which the script fills in
+    """
+    shown = f"{what} at a time, one thread each" + (" (default: as many as torch has threads)" if default is None else "")
+    parser.add_argument("--processes", type=whole(1), default=default, help=shown)
+
+
+def search_options(algorithm: str) -> argparse.Namespace:
+    """Parse the command line of a script that runs one search; ``algorithm`` is then the search with what ``--add`` names.
+
+    :param algorithm: as for :func:`agents.search.search`
+    """
+    from agents.methods import EPISODES, LEARNERS, LEVERS, SIGNS_EPISODES, split_method
+
+    name = f"{algorithm.upper()} (stable-baselines3)" if algorithm in LEARNERS else f"the {algorithm.replace('_', ' ')}"
+    own = parser(f"Search a bit-width map with {name}. Stop it at any time: the same command goes on.")
+    add_environment(own, budget=1 / 64)
+    own.add_argument(
+        "--episodes", type=whole(1), help=f"maps to try (default: {EPISODES}, or {SIGNS_EPISODES} on ARQ-ResNet20-Signs-v0)"
+    )
+    own.add_argument("--seed", type=whole(0), default=0, help="of the search")
+    own.add_argument(
+        "--add", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"what to add to the search: {', '.join(LEVERS)}"
+    )
+    own.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
+    own.add_argument(
+        "--test-images",
+        type=whole(0),
+        default=100,
+        help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
+    )
+    own.add_argument("--test-n", type=whole(10), default=500, help="noise samples counted for each of them")
+    options = own.parse_args()
+    if options.episodes is None:
+        options.episodes = SIGNS_EPISODES if options.env == "ARQ-ResNet20-Signs-v0" else EPISODES
+    options.algorithm = "+".join([algorithm, *options.add])
+    split_method(options.algorithm)  # mistakes first
+    return options
+
+
+def start(name: str, parse, *arguments) -> argparse.Namespace | None:
+    """What ``parse(*arguments)`` returns; from here to :func:`run`, while imports take seconds, Ctrl-C ends the process.
+
+    At once and in one line, and not by an exception: what is being imported may turn that into another, or print it.
+
+    :param name: the script's ``__name__``; where it is imported nothing is parsed, and in a worker process Ctrl-C is left to the
+        main one
+    """
+    if name == "__mp_main__":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if name != "__main__":
+        return None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as nohup and & have it
+        signal.signal(signal.SIGINT, _end)
+    return _guarded(parse, *arguments)
+
+
+def run(main, *arguments, resumes: bool = True) -> None:
+    """Call ``main(*arguments)``; end with one line and exit code 2 for a mistake of the user's, 130 for Ctrl-C.
+
+    :param resumes: whether the same command goes on where an interrupted one stopped
+    """
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    threading.excepthook = _in_thread
+    try:
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _guarded(main, *arguments)
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command {'goes on where this one stopped' if resumes else 'starts over'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _guarded(call, *arguments):
+    """Call it; exit code 2 and one line for what the user can mend."""
+    try:
+        return call(*arguments)
+    except Exception as error:
+        from gymnasium.error import Error
+
+        from arq_env.errors import ArqError
+
+        if isinstance(error, ArqError | Error):
+            said = str(error)
+        elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            where = f" {error.filename}" if error.filename else ""
+            said = f"cannot write{where} ({error.strerror}): free some space there, or choose another --output"
+        else:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _end(*_) -> None:
+    """Ctrl-C before there is anything to keep."""
+    os.write(2, b"interrupted: nothing had begun\n")
+    os._exit(130)
+
+
+def _in_thread(ended) -> None:
+    """No traceback of a thread that could not write: whoever started it meets the error again."""
+    if getattr(ended.exc_value, "errno", None) not in _UNWRITABLE:
+        threading.__excepthook__(ended)

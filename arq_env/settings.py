@@ -1,0 +1,25 @@
+"""Numbers that a command line shows, kept apart from what imports torch."""
+
+from dataclasses import dataclass
+
+MIN_BITS, MAX_BITS = 2, 8
+#: Batches of the short fine-tuning that tells what maps with high rewards are worth once finished.
+CONFIRMING_STEPS = 96
+
+
+@dataclass(frozen=True)
+class TestSettings:
+    """A certificate for reporting: Cohen's certifier at its published alpha.
+
+    :param every: take every so many-th test image
+    :param offset: index of the first of them
+    """
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    every: int = 20
+    offset: int = 0
+    n0: int = 100
+    n: int = 1_000
+    alpha: float = 0.001
+    seed: int = 0
