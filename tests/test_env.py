@@ -154,7 +154,7 @@ def test_observation_tells_what_is_left(toy_env):
 def test_a_map_is_evaluated_once(toy_env):
     calls = []
     quantize = toy_env.evaluator.quantizer.quantize
-    toy_env.evaluator.quantizer.quantize = lambda bits: calls.append(bits) or quantize(bits)
+    toy_env.evaluator.quantizer.quantize = lambda bits, **how: calls.append(bits) or quantize(bits, **how)
     (reward, first), (again, second) = play(toy_env, (0, 0)), play(toy_env, (0, 0))
     assert not np.shares_memory(first.pop("bits"), second.pop("bits"))
     assert (reward, first) == (again, second) and len(calls) == 1

@@ -11,7 +11,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise
 from agents.baselines import BASELINES
-from agents.haq import HaqDdpg
+from agents.haq import CONSTANTS, HaqDdpg
 from agents.methods import COMPARED, LEARNERS, SEARCHES, split_method
 from agents.recorder import Recorder
 from agents.search import CANDIDATES, confirm
@@ -43,6 +43,18 @@ def test_run_folder(tmp_path, algorithm):
     assert document["provenance"]["versions"]["torch"]
     assert json.loads((tmp_path / "config.json").read_text())["hyperparameters"]["gamma"] == 1.0
     assert len({e.reward for e in episodes}) > 3 and all(e.bops_fraction <= 0.03 for e in episodes)
+
+
+def test_the_reconstruction_says_what_decides_it(tmp_path, monkeypatch):
+    """Its constants are in ``config.json``, so that a run made with others is not resumed."""
+    search_toy(tmp_path, "arq", 2)
+    told = json.loads((tmp_path / "config.json").read_text())["hyperparameters"]
+    assert told["actor_rate"] == 1e-4 and told["gradient_steps"] == -1 and told["learning_starts"] == 20 * 4 - 0.5
+    for name, value in (("noise", 0.4), ("reward_samples", 64)):
+        with monkeypatch.context() as changed:
+            changed.setitem(CONSTANTS, name, value)
+            with pytest.raises(ArqError, match="differs in hyperparameters"):
+                search_toy(tmp_path, "arq", 3)
 
 
 def test_the_exported_map_is_chosen_on_other_images(tmp_path):
@@ -200,7 +212,8 @@ def test_a_killed_search_resumes_to_the_same_end(tmp_path):
     env = make_toy_env()
     quantized = []
     evaluator = env.evaluator
-    evaluator.quantizer.quantize = lambda bits, original=evaluator.quantizer.quantize: quantized.append(bits) or original(bits)
+    quantize = evaluator.quantizer.quantize
+    evaluator.quantizer.quantize = lambda bits, **how: quantized.append(bits) or quantize(bits, **how)
     best = search_toy(cut, env=env)
     assert outcome(cut) == outcome(whole)
     assert (best.episode, best.reward) == (expected.episode, expected.reward)
