@@ -11,8 +11,9 @@ from arq_env.datasets import Split
 from arq_env.datasets.augment import random_crop, to_float
 from arq_env.networks import checkpoints
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from arq_env.networks.recipe import Recipe, training_method
 from arq_env.networks.resnet import resnet20
-from arq_env.networks.training import Recipe, noisy_accuracy, smoothing_loss, train, training_method
+from arq_env.networks.training import noisy_accuracy, smoothing_loss, train
 from tests.toy import ToyNet, toy_dataset, toy_network
 
 RECIPE = Recipe(epochs=3, batch=50, peak_rate=0.1)
