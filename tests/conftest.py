@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core, and threads that wait by spinning; scripts that are run inherit it
+
 import gymnasium
 import pytest
 
