@@ -156,7 +156,7 @@ def confirm(
     :param steps: batches of fine-tuning that each of the five gets before, where rewards only foretell what fine-tuning leaves
         (``regained_bits``); with 0 they are judged as the search judged them
     :return: the chosen episode, and what speaks for it: its ACR and the FP32 network's on those draws, and as ``fresh_reward`` the
-        reward it gets there as it is; by as much as the search's own is higher, the search was lucky
+        reward it gets there as it is, to compare with that of other searches: it holds none of the luck that a search climbs
     """
     distinct: dict[tuple, Episode] = {}
     for episode in sorted(episodes, key=lambda episode: -episode.reward):
