@@ -3,7 +3,8 @@
 An evaluation is one map quantized and judged on the reward images. A map met again is counted but costs no time, also when
 another search below --output met it first; what a search measures before its first map is counted in evaluations too. The maps
 that the searches export are then fine-tuned by one short recipe and certified on test images, beside FP32 after the same recipe:
-a search can win its reward and lose the network. Stop it at any time: the same command goes on.
+a search can win its reward and lose the network. Intervals of rewards are Student's, of 95%; those of differences between fresh
+rewards, in the figures' file, are Welch's and hold for all pairs at once. Stop it at any time: the same command goes on.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ def parse():
         metavar="METHOD",
         help="searches, each with what agents/levers.py adds, such as td3+features",
     )
-    parser.add_argument("--seeds", type=command_line.whole(1), default=3, help="runs of each search that draws at random")
+    parser.add_argument("--seeds", type=command_line.whole(1), default=5, help="runs of each search that draws at random")
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     command_line.add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
     command_line.add_processes(parser, "searches")
@@ -48,7 +49,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from agents.baselines import import_optuna
-from agents.compare import best_so_far, is_deterministic, reaches, run_search, setup_cost
+from agents.compare import best_so_far, difference_of_means, half_width, is_deterministic, reaches, run_search, setup_cost
 from agents.finishing import finish, workers
 from agents.main import make_env
 from agents.methods import WITH_OPTUNA, split_method
@@ -119,10 +120,19 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
             "proposed_maps": [len(trace) for trace in traces.values()],
             "distinct_maps": [trace[-1].evaluations for trace in traces.values()],
             "best_reward": curves[:, -1].tolist(),
+            "best_reward_half_width": half_width(curves[:, -1]),
             "exported_reward": [metrics["reward"] for metrics in exported],
-            "confirmed_ratio": [confirmed_ratio(metrics) for metrics in exported],
+            "fresh_reward": [metrics["fresh_reward"] for metrics in exported],
+            "fresh_reward_half_width": half_width([metrics["fresh_reward"] for metrics in exported]),
             "mean": [None if np.isnan(value) else value for value in curves.mean(0).tolist()],
             "standard_error": standard_error(curves).tolist(),
+        }
+    pairs = max(len(methods) * (len(methods) - 1) // 2, 1)
+    for method, found in methods.items():
+        found["fresh_reward_less_that_of"] = {
+            other: difference_of_means(found["fresh_reward"], methods[other]["fresh_reward"], pairs)
+            for other in methods
+            if other != method
         }
     if "random" in methods:
         goal = methods["random"]["mean"][-1]
@@ -159,11 +169,6 @@ def difference(a: np.ndarray, b: np.ndarray, fp32: np.ndarray) -> dict:
     return {"mean": ratio, "standard_error": float(np.sqrt(over_images**2 + seeds))}
 
 
-def confirmed_ratio(metrics: dict) -> float | None:
-    """ACR over FP32's of an exported map, on the images that chose it among the five best and not on those of the search."""
-    return metrics["confirmed_acr"] / metrics["confirmed_reference_acr"] if "confirmed_acr" in metrics else None
-
-
 def standard_error(curves: np.ndarray) -> np.ndarray:
     """Over the runs; 0 for a search that has but one outcome."""
     curves = np.nan_to_num(curves)
@@ -174,7 +179,7 @@ def table(document: dict) -> str:
     """One line a search, as Markdown, sorted by what its maps are worth when finished (a best score is in part luck), if known."""
     rows = [
         "| search | evaluations before the first map | distinct maps | best reward | evaluations to random's "
-        "| reward of the exported map | its ACR over FP32's on other reward images | finished: over FP32 finished alike | seeds |",
+        "| reward of the exported map | on fresh draws | finished: over FP32 finished alike | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
@@ -183,10 +188,9 @@ def table(document: dict) -> str:
         return found["finished"]["mean"] if "finished" in found else np.mean(found["best_reward"])
 
     for method, found in sorted(document["methods"].items(), key=worth, reverse=True):
-        reward = f"{found['mean'][-1]:.3f}" + (f" +- {found['standard_error'][-1]:.3f}" if len(found["best_reward"]) > 1 else "")
+        reward = with_interval(found["mean"][-1], found["best_reward_half_width"])
         distinct, reached = np.mean(found["distinct_maps"]), found.get("evaluations_to_random_s_reward", "")
-        ratios = [ratio for ratio in found["confirmed_ratio"] if ratio is not None]
-        confirmed = f"{np.mean(ratios):.3f}" if ratios else ""
+        fresh = with_interval(np.mean(found["fresh_reward"]), found["fresh_reward_half_width"])
         finished = seeds = ""
         if "finished" in found:
             finished = f"{1 + found['finished']['mean']:.3f} +- {found['finished']['standard_error']:.3f}"
@@ -194,8 +198,13 @@ def table(document: dict) -> str:
         before = f"{found['setup_evaluations']:.0f}"
         reached = "not reached" if reached is None else reached
         own = f"{np.mean(found['exported_reward']):.3f}"
-        rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached} | {own} | {confirmed} | {finished} | {seeds} |")
+        rows.append(f"| {method} | {before} | {distinct:.0f} | {reward} | {reached} | {own} | {fresh} | {finished} | {seeds} |")
     return "\n".join(rows)
+
+
+def with_interval(mean: float, half: float | None) -> str:
+    """A mean over runs, with half of its 95% confidence interval where there are several."""
+    return f"{mean:.3f}" + ("" if half is None else f" +- {half:.3f}")
 
 
 def plot(document: dict, path: Path) -> None:
