@@ -3,7 +3,7 @@
 ========== ======================================= ========================================================================
 part       images                                  used for
 ========== ======================================= ========================================================================
-train      training images, all but the last 2,000 pretraining, fine-tuning, calibration; confirming a search, where it has no others
+train      training images, all but the last 2,000 pretraining, fine-tuning, calibration; confirming a search
 reward     the last 2,000 training images          the reward of a search; watched during both trainings, never fitted to
 test       test images                             final certificates; never seen by a search
 ========== ======================================= ========================================================================
