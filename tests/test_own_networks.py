@@ -341,6 +341,8 @@ def test_a_path_that_depends_on_the_image_is_refused():
     layers = find_layers(network, SHAPE)
     with pytest.raises(ArqError, match="'b' was called 1 times"):
         Quantizer(network, layers, torch.ones(4, *SHAPE))
+    with pytest.raises(ArqError, match="'b' is called 1 times for one image of noise and 0 times"):
+        check_conversion(network, layers, torch.ones(4, *SHAPE))
 
 
 class Keyword(nn.Module):

@@ -145,7 +145,12 @@ def check_conversion(network: nn.Module, layers: tuple[Layer, ...], images: torc
 
     got, seen = _run(converted(network, layers, unrounded), layers, images)
     for layer in layers:
-        reads, was = seen.get(layer.name, []), inputs[layer.name]
+        reads, was = seen.get(layer.name, []), inputs.get(layer.name, [])
+        if len(was) != layer.calls:
+            raise ArqError(
+                f"layer {layer.name!r} is called {layer.calls} times for one image of noise and {len(was)} times for others: a network "
+                "whose path depends on the image has no fixed cost and cannot be quantized"
+            )
         if len(reads) != len(was) or not all(map(_close, reads, was)):
             raise ArqError(
                 f"at layer {layer.name!r} the converted network differs although nothing is rounded, so the network uses layers "
