@@ -148,8 +148,8 @@ def check_conversion(network: nn.Module, layers: tuple[Layer, ...], images: torc
         reads, was = seen.get(layer.name, []), inputs.get(layer.name, [])
         if len(was) != layer.calls:
             raise ArqError(
-                f"layer {layer.name!r} is called {layer.calls} times for one image of noise and {len(was)} times for others: a network "
-                "whose path depends on the image has no fixed cost and cannot be quantized"
+                f"layer {layer.name!r} is called {layer.calls} times for one image of noise and {len(was)} times for others: a "
+                "network whose path depends on the image has no fixed cost and cannot be quantized"
             )
         if len(reads) != len(was) or not all(map(_close, reads, was)):
             raise ArqError(
