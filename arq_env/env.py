@@ -91,10 +91,11 @@ class ArqEnv(gymnasium.Env):
     (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's
     `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
     :class:`arq_env.evaluation.CertifierSettings`). The class itself takes a :class:`arq_env.problem.Problem`, which holds any
-    network of Conv2d and Linear layers.
+    network of convolutions and linear layers.
 
     ## Version History
-    * v0: the only one so far. Its reward has changed with the package (`CHANGELOG.md`), whose version every run folder records.
+    * v0: the reward of the first release. Until then it changes with the package (`CHANGELOG.md`; `reward_version` in run folders);
+      from then on a change of reward, observation, action or quantizer raises the id.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
