@@ -43,7 +43,7 @@ from arq_env import ArqError
 from arq_env.bitwidths import Bits
 from arq_env.certification import certify
 from arq_env.env import ArqEnv
-from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
 from arq_env.files import drop_partial_line, write_json
 from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.problem import load_problem
@@ -51,6 +51,8 @@ from arq_env.provenance import provenance
 
 #: Images that judge the finished networks: the reward split's last ones.
 JUDGES = 1_024
+#: Images that the soft scores are measured on: the first ones, with one noise sample each.
+SCORED = 976
 #: Scored as `regained_bits` of :class:`arq_env.evaluation.CertifierSettings` says.
 FINER = "weights 1 bit finer"
 
@@ -62,10 +64,10 @@ class Worker:
         torch.set_num_threads(1)
         self.options = options
         problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
-        self.env = ArqEnv(problem)
+        self.env = ArqEnv(problem, settings=CertifierSettings(images=SCORED))
         self.evaluators = {
-            "soft, 512 x 4": self.env.evaluator,
-            f"soft, 512 x 4, {FINER}": Evaluator(problem, CertifierSettings(regained_bits=1)),
+            f"soft, {SCORED} x 1": self.env.evaluator,
+            f"soft, {SCORED} x 1, {FINER}": Evaluator(problem, CertifierSettings(images=SCORED, regained_bits=1)),
             "counted, 512 x 8": Evaluator(problem, CertifierSettings(images=512, n0=4, n=8, reward_method="cohen")),
             "counted, 128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32, reward_method="cohen")),
         }
@@ -105,7 +107,7 @@ class Worker:
         in_loop = {name: evaluator.evaluate(bit_widths) for name, evaluator in self.evaluators.items()}
         scores = {name: evaluation.acr for name, evaluation in in_loop.items()}
         seconds = {name: evaluation.seconds for name, evaluation in in_loop.items()}
-        finer = self.evaluators[f"soft, 512 x 4, {FINER}"].regained(bit_widths)
+        finer = self.evaluators[f"soft, {SCORED} x 1, {FINER}"].regained(bit_widths)
         for name, judged in {"divergence": bit_widths, f"divergence, {FINER}": finer}.items():
             start = time.perf_counter()
             scores[name] = -self.env.evaluator.divergence(judged)
@@ -150,7 +152,7 @@ def main(options):
     problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
     settings = {name: getattr(options, name) for name in ("budgets", "sigma", "training", "steps", "n", "seed")}
     recipe = brief_recipe(problem, options.steps, options.seed)
-    settings |= {"checkpoint": problem.card["digest"], "recipe": dataclasses.asdict(recipe)}
+    settings |= {"reward_version": REWARD_VERSION, "checkpoint": problem.card["digest"], "recipe": dataclasses.asdict(recipe)}
     lines = options.output / "maps.jsonl"
     records = read(lines, settings)
     wanted = [index for index in range(options.maps) if index not in {record["index"] for record in records}]
