@@ -1,7 +1,7 @@
 """Uniform quantizers and the step sizes that minimise their mean squared error."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def weight_steps(weight: torch.Tensor, bits: int) -> torch.Tensor:
     largest = rows.abs().amax(1)
     largest = largest.clamp_min(1e-6 * float(largest.max()) or 1.0)
     scale = torch.exp2(torch.floor(torch.log2(largest)))  # a power of two rounds nothing; squares of very small numbers vanish
-    steps = _fractions(largest / scale / levels[1])
+    steps = (largest / scale / levels[1] * fraction for fraction in WEIGHT_FRACTIONS)
     return _least_error(rows / scale[:, None], steps, levels)[0] * scale
 
 
@@ -112,11 +112,6 @@ def activation_levels(samples: torch.Tensor, bits: int, weights: torch.Tensor | 
         step, error = _least_error(rows, (rows.new_tensor([step]) for step in steps), levels, weights)
         found.append((float(error), len(found), ActivationLevels(step[0], lowest)))
     return min(found)[-1]
-
-
-def _fractions(largest: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Steps to try for each row, down from the one that just reaches its largest magnitude."""
-    return (largest * fraction for fraction in WEIGHT_FRACTIONS)
 
 
 def _least_error(rows, steps, levels, weights=None):
