@@ -6,9 +6,10 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.haq import HaqEnv, build_haq_agent, warm_up_steps
-from agents.methods import AGENTS
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
+
+from .haq import HaqEnv, build_haq_agent, warm_up_steps
+from .methods import AGENTS
 
 ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
 

@@ -10,18 +10,19 @@ from gymnasium.utils import seeding
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from agents.algorithms import ALGORITHMS, build_agent
-from agents.baselines import least_sensitive
-from agents.levers import seen_with
-from agents.methods import split_method
-from agents.run_folder import export_map, open_folder, read_config
-from agents.search import learn, start
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, uniform
 from arq_env.budget import BopsBudget
 from arq_env.env import budget_option
-from arq_env.errors import ArqError
-from arq_env.files import write_json
-from arq_env.provenance import provenance
+from arq_env.support.errors import ArqError
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
+
+from .algorithms import ALGORITHMS, build_agent
+from .baselines import least_sensitive
+from .levers import seen_with
+from .methods import split_method
+from .run_folder import export_map, open_folder, read_config
+from .search import learn, start
 
 #: Budgets that demonstrations are made for, and weights of activations in the integer program there.
 DEMONSTRATED, DEMONSTRATED_WEIGHTS = 12, (1.0, 0.5, 2.0)
@@ -85,11 +86,11 @@ def train_for_any_budget(
     progress: bool = True,
     config: dict | None = None,
 ) -> OffPolicyAlgorithm:
-    """Train one agent on all budgets between two; resumable as :func:`agents.search.search` is.
+    """Train one agent on all budgets between two; resumable as :func:`arq_agents.search.search` is.
 
     The folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/`` and ``agent.zip``.
 
-    :param algorithm: of stable-baselines3, and what :mod:`agents.levers` adds but ``exchange`` and ``incremental``, such as
+    :param algorithm: of stable-baselines3, and what :mod:`arq_agents.levers` adds but ``exchange`` and ``incremental``, such as
         ``td3+features``; ``demonstrations`` are the integer program's maps for :data:`DEMONSTRATED` budgets
     :param budgets: least and greatest fraction of FP32's bit operations
     """
@@ -116,7 +117,7 @@ def _demonstrations(env, budgets: tuple[float, float]) -> Iterator[tuple[float, 
 def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
     """What the agent does at a budget, without exploring: the info of the episode's end, ``bit_widths`` and ``reward`` in it.
 
-    :param env: of the network and noise that the agent learned on, or of others, as :func:`agents.levers.seen_with` its levers
+    :param env: of the network and noise that the agent learned on, or of others, as :func:`arq_agents.levers.seen_with` its levers
     """
     observation, _ = env.reset(options={"budget": budget})
     terminated = False

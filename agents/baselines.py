@@ -10,12 +10,13 @@ from itertools import product
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from agents.methods import WITH_OPTUNA
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, uniform
 from arq_env.budget import BopsBudget
-from arq_env.errors import ArqError
 from arq_env.layers import kept_macs
 from arq_env.sensitivity import Sensitivities
+from arq_env.support.errors import ArqError
+
+from .methods import WITH_OPTUNA
 
 Proposals = Generator[BitWidthMap, float, None]
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)

@@ -3,8 +3,8 @@
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.algorithms import DecayingNoise
-from agents.recorder import Recorder
+from .algorithms import DecayingNoise
+from .recorder import Recorder
 
 #: An action this close to -1 or 1 counts as being at the bounds.
 AT_BOUNDS = 0.99

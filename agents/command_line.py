@@ -50,8 +50,8 @@ def whole(least: int, most: int = 2**32 - 1):
 
 
 def add_test_settings(parser: argparse.ArgumentParser) -> None:
-    """The options that make up a certificate on test images, named as in :class:`arq_env.settings.TestSettings`."""
-    from arq_env.settings import TestSettings
+    """The options that make up a certificate on test images, named as in :class:`arq_env.support.settings.TestSettings`."""
+    from arq_env.support.settings import TestSettings
 
     for name, kind, what in (
         ("every", whole(1), "take every so many-th test image"),
@@ -67,12 +67,12 @@ def add_test_settings(parser: argparse.ArgumentParser) -> None:
 def add_environment(
     parser: argparse.ArgumentParser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0
 ) -> None:
-    """The options that :func:`agents.main.make_env` takes.
+    """The options that :func:`arq_agents.main.make_env` takes.
 
     :param budget: the default; without it there is no such option
     :param training, regained_bits: defaults
     """
-    from arq_env.settings import MAX_BITS, MIN_BITS
+    from arq_env.support.settings import MAX_BITS, MIN_BITS
 
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
     if budget is not None:
@@ -94,8 +94,8 @@ def add_environment(
 
 
 def add_finishing(parser: argparse.ArgumentParser) -> None:
-    """The options of the short recipe and of the certificates in :mod:`agents.finishing`."""
-    from arq_env.settings import CONFIRMING_STEPS
+    """The options of the short recipe and of the certificates in :mod:`arq_agents.finishing`."""
+    from arq_env.support.settings import CONFIRMING_STEPS
 
     parser.add_argument("--steps", type=whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
     parser.add_argument("--every", type=whole(1), default=10, help="certify it on every so many-th test image")
@@ -114,9 +114,9 @@ def add_processes(parser: argparse.ArgumentParser, what: str, default: int | Non
 def search_options(algorithm: str) -> argparse.Namespace:
     """Parse the command line of a script that runs one search; ``algorithm`` is then the search with what ``--add`` names.
 
-    :param algorithm: as for :func:`agents.search.search`
+    :param algorithm: as for :func:`arq_agents.search.search`
     """
-    from agents.methods import EPISODES, LEARNERS, LEVERS, SIGNS_EPISODES, split_method
+    from .methods import EPISODES, LEARNERS, LEVERS, SIGNS_EPISODES, split_method
 
     name = f"{algorithm.upper()} (stable-baselines3)" if algorithm in LEARNERS else f"the {algorithm.replace('_', ' ')}"
     own = parser(f"Search a bit-width map with {name}. Stop it at any time: the same command goes on.")
@@ -184,7 +184,7 @@ def _guarded(call, *arguments):
     except Exception as error:
         from gymnasium.error import Error
 
-        from arq_env.errors import ArqError
+        from arq_env.support.errors import ArqError
 
         if isinstance(error, ArqError | Error):
             said = str(error)

@@ -1,7 +1,7 @@
 """What maps are worth once finished: each fine-tuned by one short recipe and certified on test images, in worker processes.
 
 A search can win its reward and lose the network; this is the number that counts. Options are those of a script that has called
-:func:`agents.command_line.add_finishing` and :func:`agents.command_line.add_environment`.
+:func:`arq_agents.command_line.add_finishing` and :func:`arq_agents.command_line.add_environment`.
 """
 
 import contextlib
@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agents.main import make_env
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
-from arq_env.errors import ArqError, reason
 from arq_env.evaluation import Evaluator
-from arq_env.files import read_json, sha256, write_json
-from arq_env.finetuning import brief_recipe, finish_briefly
-from arq_env.provenance import provenance
+from arq_env.quantization.finetuning import brief_recipe, finish_briefly
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import read_json, sha256, write_json
+from arq_env.support.provenance import provenance
+
+from .main import make_env
 
 
 @contextlib.contextmanager

@@ -27,13 +27,14 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.baselines import Proposals, affordable, greedy, integer_program
-from agents.haq import incremental_reward
-from agents.methods import CHANGES, INFORMED, WITH_SENSITIVITIES, split_method
-from agents.recorder import Recorder
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
 from arq_env.env import REWARD_SCALE
 from arq_env.sensitivity import MEASURED, places
+
+from .baselines import Proposals, affordable, greedy, integer_program
+from .haq import incremental_reward
+from .methods import CHANGES, INFORMED, WITH_SENSITIVITIES, split_method
+from .recorder import Recorder
 
 #: Evaluations that ``exchange`` keeps for itself, at least.
 EXCHANGES = 50
@@ -65,7 +66,7 @@ class RowPerLayer(gymnasium.ObservationWrapper):
 
 
 class IncrementalReward(gymnasium.Wrapper):
-    """Replaces an episode's reward by :func:`agents.haq.incremental_reward`'s; ``info["reward"]`` stays the environment's own.
+    """Replaces an episode's reward by :func:`arq_agents.haq.incremental_reward`'s; ``info["reward"]`` stays the environment's own.
 
     As in the published search's reconstruction each map is thus evaluated twice, and a resumed search certifies it again.
 
@@ -94,7 +95,7 @@ def seen_with(levers: tuple[str, ...], env: gymnasium.Env) -> gymnasium.Env:
 
 
 def changes(levers: tuple[str, ...]) -> dict:
-    """What :func:`agents.algorithms.build_agent` is told for these levers."""
+    """What :func:`arq_agents.algorithms.build_agent` is told for these levers."""
     return {key: value for lever in levers for key, value in CHANGES.get(lever, {}).items()}
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import gymnasium
 from tqdm import tqdm
 
-from agents.search import search
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.comparison import compare_maps
-from arq_env.files import write_json
 from arq_env.registration import ENVIRONMENTS
-from arq_env.report import comparison_table, layer_table
-from arq_env.settings import TestSettings
+from arq_env.support.files import write_json
+from arq_env.support.report import comparison_table, layer_table
+from arq_env.support.settings import TestSettings
+
+from .search import search
 
 #: The uniform network that every found map is compared with.
 UNIFORM_BITS = 4
@@ -22,7 +23,7 @@ UNIFORM_BITS = 4
 def main(options) -> None:
     """Run the search that a command line asks for.
 
-    :param options: of :func:`agents.command_line.search_options`
+    :param options: of :func:`arq_agents.command_line.search_options`
     """
     algorithm = options.algorithm
     trained = "" if options.training == "gaussian" else f"-{options.training}"

@@ -1,11 +1,11 @@
 """The searches by name, and what can be added to them: ``td3+features+demonstrations+exchange`` is TD3 with all three.
 
-Names and numbers only, so that a command line that shows them imports no torch. What the levers are says :mod:`agents.levers`.
+Names and numbers only, so that a command line that shows them imports no torch. What the levers are says :mod:`arq_agents.levers`.
 """
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
-#: stable-baselines3's algorithms; all that learn, with the published search as reconstructed in :mod:`agents.haq`; and the others.
+#: stable-baselines3's algorithms; all that learn, with the published search as rebuilt in :mod:`arq_agents.haq`; and the others.
 LEARNERS = ("ddpg", "td3", "sac")
 AGENTS = (*LEARNERS, "arq")
 SEARCHES = ("uniform", "random", "greedy", "integer_program", "evolution", "parzen")
@@ -13,7 +13,7 @@ WITH_OPTUNA = ("evolution", "parzen")
 #: Those that start from measured sensitivities, which take :func:`arq_env.sensitivity.forward_passes`.
 WITH_SENSITIVITIES = ("greedy", "integer_program")
 
-#: What :func:`agents.algorithms.build_agent` is told to do otherwise.
+#: What :func:`arq_agents.algorithms.build_agent` is told to do otherwise.
 CHANGES = {
     "demonstrations": {"warm_up": 0},
     "onestep": {"n_steps": 1},

@@ -10,12 +10,13 @@ import numpy as np
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
-from agents.trace import Episode, append_episode, count_episodes
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, free_layers
-from arq_env.errors import ArqError
-from arq_env.files import drop_partial_line, lock
 from arq_env.layers import Layer
-from arq_env.render import render_rgb
+from arq_env.support.errors import ArqError
+from arq_env.support.files import drop_partial_line, lock
+from arq_env.support.render import render_rgb
+
+from .trace import Episode, append_episode, count_episodes
 
 #: Episodes between two pictures of the map in TensorBoard.
 PICTURE_EVERY = 10

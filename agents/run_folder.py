@@ -4,16 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-from agents.algorithms import ALGORITHMS, hyperparameters
-from agents.haq import CONSTANTS, haq_hyperparameters
-from agents.levers import changes
-from agents.methods import split_method
-from agents.trace import Episode, read_trace
 from arq_env.bitwidths import BitWidthMap, save_map
-from arq_env.errors import ArqError, reason
 from arq_env.evaluation import REWARD_VERSION, Evaluator
-from arq_env.files import read_json, write_json, writing
-from arq_env.provenance import provenance
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import read_json, write_json, writing
+from arq_env.support.provenance import provenance
+
+from .algorithms import ALGORITHMS, hyperparameters
+from .haq import CONSTANTS, haq_hyperparameters
+from .levers import changes
+from .methods import split_method
+from .trace import Episode, read_trace
 
 
 def export_map(folder: Path, env, bit_widths: BitWidthMap, budget: float, metrics: dict) -> None:

@@ -10,21 +10,22 @@ import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from tqdm import tqdm
 
-from agents.algorithms import WARM_UP_EPISODES, build_agent
-from agents.baselines import BASELINES, Proposals
-from agents.callbacks import RecordEpisodes
-from agents.levers import EXCHANGES, changes, demonstrate, demonstrations, exchange, seen_with
-from agents.methods import AGENTS, split_method
-from agents.recorder import Recorder
-from agents.run_folder import export_map, open_folder
-from agents.trace import Episode
 from arq_env.bitwidths import BitWidthMap
 from arq_env.env import REWARD_SCALE
-from arq_env.errors import ArqError
 from arq_env.evaluation import Evaluator
-from arq_env.files import atomic_file, read_json
-from arq_env.finetuning import finish_briefly
-from arq_env.settings import CONFIRMING_STEPS
+from arq_env.quantization.finetuning import finish_briefly
+from arq_env.support.errors import ArqError
+from arq_env.support.files import atomic_file, read_json
+from arq_env.support.settings import CONFIRMING_STEPS
+
+from .algorithms import WARM_UP_EPISODES, build_agent
+from .baselines import BASELINES, Proposals
+from .callbacks import RecordEpisodes
+from .levers import EXCHANGES, changes, demonstrate, demonstrations, exchange, seen_with
+from .methods import AGENTS, split_method
+from .recorder import Recorder
+from .run_folder import export_map, open_folder
+from .trace import Episode
 
 #: Maps with the highest rewards that are judged again, on other images.
 CANDIDATES = 5
@@ -47,11 +48,11 @@ def search(
     The run folder holds ``config.json``, ``trace.jsonl``, ``tensorboard/``, ``bit_widths.json`` and, of an agent,
     ``agent.zip``. A second call with the same configuration resumes: the search takes the same decisions again from the first
     episode, since all is seeded, while every map in the trace is recalled instead of certified, which takes a hundredth of the
-    time (but see :class:`agents.haq.HaqEnv`); so a killed and resumed search ends exactly where an uninterrupted one does. More
+    time (but see :class:`arq_agents.haq.HaqEnv`); so a killed and resumed search ends exactly where an uninterrupted one does. More
     ``episodes`` than before extend it, and one that has come to its end is left as it is.
 
-    :param algorithm: one of :data:`agents.methods.AGENTS` or :data:`agents.methods.SEARCHES`, and what :mod:`agents.levers`
-        adds, such as ``td3+features``; some of the baselines end before all episodes are used
+    :param algorithm: one of :data:`arq_agents.methods.AGENTS` or :data:`arq_agents.methods.SEARCHES`, and what
+        :mod:`arq_agents.levers` adds, such as ``td3+features``; some of the baselines end before all episodes are used
     :param env: a single :class:`arq_env.env.ArqEnv`, wrapped or not
     :param folder: the run folder; it may hold an earlier part of the same search, and nothing else
     :param device: of the agent
@@ -120,7 +121,7 @@ def learn(
 ) -> OffPolicyAlgorithm:
     """Train an agent until the recorder has so many episodes; leave it in ``agent.zip``.
 
-    :param shown: for ``demonstrations``, as :func:`agents.levers.demonstrate` takes them
+    :param shown: for ``demonstrations``, as :func:`arq_agents.levers.demonstrate` takes them
     """
     env = seen_with(levers, env)
     agent = build_agent(name, env, seed=seed, device=device, **changes(levers))

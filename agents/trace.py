@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
-from arq_env.errors import ArqError, reason
 from arq_env.evaluation import Evaluation
-from arq_env.files import parse_json
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import parse_json
 
 
 @dataclass(frozen=True)

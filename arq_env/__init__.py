@@ -3,8 +3,8 @@
 Importing this package registers its environments; see :mod:`arq_env.registration` for the ids.
 """
 
-from arq_env.errors import ArqError
 from arq_env.registration import register_all
+from arq_env.support.errors import ArqError
 
 #: The one place: setup.cfg and every provenance take it from here.
 __version__ = "0.3.0"

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from arq_env.errors import ArqError, reason
-from arq_env.files import read_json, write_json
 from arq_env.layers import Layer, kept_macs, total_macs
-from arq_env.settings import MAX_BITS, MIN_BITS
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import read_json, write_json
+from arq_env.support.settings import MAX_BITS, MIN_BITS
 
 #: Bits of the first and the last layer by default; every method in the field leaves them at 8.
 END_BITS = 8

@@ -5,8 +5,8 @@ import numbers
 from fractions import Fraction
 
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete, free_layers
-from arq_env.errors import ArqError
 from arq_env.layers import Layer, total_macs
+from arq_env.support.errors import ArqError
 
 
 class BopsBudget:

@@ -13,11 +13,11 @@ from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
 from arq_env.certification import Certificates, certify
 from arq_env.certification.chunks import no_progress
 from arq_env.evaluation import Evaluator
-from arq_env.files import sha256
 from arq_env.layers import Layer
 from arq_env.problem import Problem
-from arq_env.provenance import provenance
-from arq_env.settings import TestSettings
+from arq_env.support.files import sha256
+from arq_env.support.provenance import provenance
+from arq_env.support.settings import TestSettings
 
 #: Name of the network that is not quantized.
 FP32 = "FP32"

@@ -11,11 +11,11 @@ from gymnasium import spaces
 
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
 from arq_env.budget import BopsBudget
-from arq_env.errors import ArqError
 from arq_env.evaluation import CertifierSettings, Evaluator, whole_number
 from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
-from arq_env.render import render_ansi, render_rgb
+from arq_env.support.errors import ArqError
+from arq_env.support.render import render_ansi, render_rgb
 
 #: Bits that an action of 1 adds to an even share. What a layer saves raises the even share of all later ones, so that
 #: unequal maps stay within reach, while random actions stay where good maps are.
@@ -66,12 +66,12 @@ class ArqEnv(gymnasium.Env):
 
     `reward_method` chooses how the ACR is measured. `"soft"`, the default, is for a search: the radius of the soft smoothed
     classifier, estimated from the mean softmax of few samples, hardly any of which are noise to a comparison of maps
-    (`experiments/rank_maps.py`). Its logits are first scaled to the mean entropy of FP32's, since that radius also grows with mere
-    confidence. The others count labels and certify: `"cohen"`, and `"randomized"`, which spends alpha to the
+    (`experiments/studies/rank_maps.py`). Its logits are first scaled to the mean entropy of FP32's, since that radius also grows
+    with mere confidence. The others count labels and certify: `"cohen"`, and `"randomized"`, which spends alpha to the
     last; `"sequential"` for large n (1,000 and more), where it draws a fraction of the samples for nearly the same ACR.
     `"incremental"` is the reward of the published ARQ, for comparison with it: it charges every disagreement with FP32, also
     harmless ones, so it punishes maps whose robustness is unchanged. `"paired"` charges the harmful ones only. Measured from 8
-    to 4 bits, where 3% to 10% of the predictions change (`experiments/benchmark_methods.py`), `"paired"` is ahead of `"cohen"`
+    to 4 bits, where 3% to 10% of the predictions change (`experiments/benchmarks/methods.py`), `"paired"` is ahead of `"cohen"`
     up to 800 to 350 samples an image and behind above, `"incremental"` about half as far.
 
     ## Starting State

@@ -16,12 +16,12 @@ from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, check_map
 from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
 from arq_env.certification.methods import SKIPPING
 from arq_env.certification.soft import logits_of_copies, mean_entropy, noisy_copies, radius_of_logits
-from arq_env.errors import ArqError
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import CALIBRATION_IMAGES, Problem
 from arq_env.quantization import Quantizer
 from arq_env.quantization.exact import exact_means
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
+from arq_env.support.errors import ArqError
 
 #: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
 #: alone won reward; 2: logits are compared at FP32's mean entropy, on 2,000 images and one sample of each, in exact arithmetic).
@@ -68,8 +68,8 @@ class CertifierSettings:
     :param alpha: error probability of each radius; not for "soft"
     :param seed: of noise and calibration; the same for all maps, so that they are compared on the same noise
     :param regained_bits: bits by which a map's weights are taken to be finer than they are, since fine-tuning
-        (:func:`arq_env.finetuning.finetune`) wins about that back, and nothing of what activations lose. 1 ranks maps as they
-        rank once finished; 0 takes the network as it is quantized
+        (:func:`arq_env.quantization.finetuning.finetune`) wins about that back, and nothing of what activations lose. 1 ranks maps
+        as they rank once finished; 0 takes the network as it is quantized
     :param reward_method: "soft" (:func:`arq_env.certification.soft_radius`, every network's logits scaled to FP32's mean
         entropy, so that confidence alone wins nothing) or a method of :func:`arq_env.certification.certify`, which wants an n
         of at least 8; of these "incremental" and "paired" bound the difference to the FP32 network, which is run once on 16 n

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from arq_env.errors import ArqError
 from arq_env.operations import Operations, record_operations
+from arq_env.support.errors import ArqError
 
 
 class Kind:

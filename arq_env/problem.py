@@ -15,11 +15,11 @@ from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map
 from arq_env.certification import network_digest
 from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import add_noise, as_tensor, random_crop, to_float
-from arq_env.errors import ArqError, reason
-from arq_env.files import read_json, sha256
 from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.quantization.convert import check_conversion
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import read_json, sha256
 
 #: Training images that ranges of activations and BatchNorm's statistics are estimated on; more of them rank maps no better.
 CALIBRATION_IMAGES = 320
@@ -170,7 +170,7 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
     if None in names:
         raise ArqError(
             f"{path} is a map for a network of your own, and this script is for shipped ones: call arq_env.bitwidths.load_map, "
-            "arq_env.finetuning.finetune and arq_env.comparison.compare_maps with your Problem"
+            "arq_env.quantization.finetuning.finetune and arq_env.comparison.compare_maps with your Problem"
         )
     if not all(isinstance(name, str) for name in (*names, training)):
         raise ArqError(f"{path} has network, dataset or training that is no name: restore the file, or search again")

@@ -5,7 +5,7 @@ By default on what it learned on, for further budgets; with other options elsewh
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -21,8 +21,8 @@ def parse():
 
 options = command_line.start(__name__, parse)
 
-from agents.any_budget import export_budgets, learned_on, load_agent
-from agents.main import make_env
+from arq_agents.any_budget import export_budgets, learned_on, load_agent
+from arq_agents.main import make_env
 from arq_env import ArqError
 
 

@@ -5,7 +5,7 @@ Tables that are already there, for the same network, map and settings, are not m
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -39,9 +39,9 @@ from tqdm import tqdm
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
 from arq_env.evaluation import Evaluator, settings_of
-from arq_env.files import write_json
 from arq_env.problem import load_mapped
-from arq_env.report import comparison_table, layer_table
+from arq_env.support.files import write_json
+from arq_env.support.report import comparison_table, layer_table
 
 
 def main(options):

@@ -6,7 +6,7 @@ fine-tune the base network by the same recipe. Stop it at any time: the same com
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -53,14 +53,14 @@ from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.evaluation import CertifierSettings, Evaluator, settings_of
-from arq_env.files import write_json, writing
-from arq_env.finetuning import finetune
 from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
-from arq_env.provenance import provenance
 from arq_env.quantization import integer_network, model_bytes, save_quantized
-from arq_env.report import layer_table
+from arq_env.quantization.finetuning import finetune
+from arq_env.support.files import write_json, writing
+from arq_env.support.provenance import provenance
+from arq_env.support.report import layer_table
 
 
 def main(options):

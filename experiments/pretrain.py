@@ -5,7 +5,7 @@ Stop it at any time; the same command goes on after the last finished epoch.
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -59,12 +59,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from arq_env.datasets import load_dataset
-from arq_env.files import writing
 from arq_env.networks.checkpoints import SHIPPED, Checkpoint, build_network, load_weights, save_checkpoint
 from arq_env.networks.recipe import Recipe, training_method
 from arq_env.networks.training import batches_per_epoch, noisy_accuracy, train
 from arq_env.problem import check_device
-from arq_env.provenance import provenance
+from arq_env.support.files import writing
+from arq_env.support.provenance import provenance
 
 
 def main(options):

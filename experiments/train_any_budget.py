@@ -5,7 +5,7 @@ The budget of each episode is drawn at random; the observation holds it. Stop it
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -36,8 +36,8 @@ options = command_line.start(__name__, parse)
 
 import numpy as np
 
-from agents.any_budget import export_budgets, train_for_any_budget
-from agents.main import make_env
+from arq_agents.any_budget import export_budgets, train_for_any_budget
+from arq_agents.main import make_env
 
 
 def main(options):

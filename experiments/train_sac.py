@@ -1,10 +1,10 @@
 """Search a bit-width map with stable-baselines3's SAC; see --help."""
 
-from agents import command_line
+from arq_agents import command_line
 
 options = command_line.start(__name__, command_line.search_options, "sac")
 
-from agents.main import main
+from arq_agents.main import main
 
 if __name__ == "__main__":
     command_line.run(main, options)

@@ -12,11 +12,11 @@ import pytest
 from stable_baselines3.common.env_checker import check_env
 from torch import nn
 
-from agents.algorithms import WARM_UP_EPISODES
-from agents.any_budget import DrawnBudget, export_budgets, learned_on, load_agent, map_for_budget, train_for_any_budget
-from agents.baselines import least_sensitive
-from agents.levers import seen_with
-from agents.trace import read_trace
+from arq_agents.algorithms import WARM_UP_EPISODES
+from arq_agents.any_budget import DrawnBudget, export_budgets, learned_on, load_agent, map_for_budget, train_for_any_budget
+from arq_agents.baselines import least_sensitive
+from arq_agents.levers import seen_with
+from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import bops_fraction, uniform
 from arq_env.budget import BopsBudget
@@ -83,7 +83,7 @@ def test_one_agent_answers_for_every_budget(tmp_path):
 
 
 def test_it_can_learn_from_the_integer_program_s_maps_at_many_budgets(tmp_path, monkeypatch):
-    monkeypatch.setattr("agents.any_budget.DEMONSTRATED", 3)
+    monkeypatch.setattr("arq_agents.any_budget.DEMONSTRATED", 3)
     agent = run(tmp_path, 12, "td3+features+demonstrations")
     env, shown = make_toy_env(), read_trace(tmp_path / "trace.jsonl")[:9]
     for start, fraction in zip((0, 3, 6), np.geomspace(LOW, HIGH, 3), strict=True):

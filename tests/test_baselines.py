@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from agents.baselines import BASELINES, greedy, integer_program, least_sensitive, random, uniform_bits
-from agents.haq import EpisodeRewardBuffer, HaqEnv, absolute_bits, cut_to_budget
-from agents.trace import read_trace
+from arq_agents.baselines import BASELINES, greedy, integer_program, least_sensitive, random, uniform_bits
+from arq_agents.haq import EpisodeRewardBuffer, HaqEnv, absolute_bits, cut_to_budget
+from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers, uniform
 from arq_env.budget import BopsBudget

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from agents.compare import (
+from arq_agents.equal_cost import (
     best_so_far,
     difference_of_means,
     half_width,
@@ -20,8 +20,8 @@ from agents.compare import (
     setup_cost,
     share_sensitivities,
 )
-from agents.finishing import finished_radii, workers
-from agents.trace import read_trace
+from arq_agents.finishing import finished_radii, workers
+from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings
@@ -145,7 +145,7 @@ def test_finished_maps_are_kept(tmp_path, monkeypatch):
     maps = {"FP32": None, "coarse": uniform(evaluator.problem.layers, 2, 2, end_bits=2)}
     first = {name: finished_radii(evaluator, m, tmp_path, steps=4, settings=settings) for name, m in maps.items()}
     assert first["FP32"].shape == (40,) and first["FP32"].mean() > first["coarse"].mean() > 0
-    monkeypatch.setattr("agents.finishing.finish_briefly", lambda *_: pytest.fail("finished again"))
+    monkeypatch.setattr("arq_agents.finishing.finish_briefly", lambda *_: pytest.fail("finished again"))
     assert (finished_radii(evaluator, maps["coarse"], tmp_path, steps=4, settings=settings) == first["coarse"]).all()
     with pytest.raises(pytest.fail.Exception, match="finished again"):
         finished_radii(evaluator, maps["coarse"], tmp_path, steps=5, settings=settings)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arq_env import ArqError, files
+from arq_env import ArqError
 from arq_env.datasets import REWARD_IMAGES, cache, cifar10, load_dataset, signs
+from arq_env.support import files
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_npm_package_is_read_in_order(tmp_path):
 
 
 def test_torchvision_imports_beside_any_torch():
-    from arq_env.networks.torchvision_import import import_torchvision
+    from arq_env.support.torchvision_import import import_torchvision
 
     torchvision = import_torchvision()
     assert torchvision.models.resnet18(num_classes=2) and torchvision.datasets.CIFAR10

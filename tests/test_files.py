@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 
-from agents import command_line
-from arq_env import ArqError, __version__, files, provenance
+from arq_agents import command_line
+from arq_env import ArqError, __version__
 from arq_env.bitwidths import uniform
 from arq_env.datasets.cache import cache_folder
 from arq_env.problem import load_problem
+from arq_env.support import files, provenance
 from tests.toy import make_toy_env
 
 

@@ -10,11 +10,11 @@ from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.datasets import Split
 from arq_env.evaluation import CertifierSettings, Evaluator
-from arq_env.finetuning import brief_recipe, finetune, finetuning_recipe, finish_briefly, held_out, held_out_acr
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from arq_env.networks.training import Recipe
 from arq_env.problem import load_problem
 from arq_env.quantization import load_quantized, model_bytes, save_quantized
+from arq_env.quantization.finetuning import brief_recipe, finetune, finetuning_recipe, finish_briefly, held_out, held_out_acr
 from tests.toy import ToyNet, toy_dataset, toy_network, toy_problem
 
 RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, optimizer="adamw", peak_rate=0.005)

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from agents.run_folder import read_config
-from agents.search import search
-from agents.trace import Episode, append_episode, count_episodes, read_trace
+from arq_agents.run_folder import read_config
+from arq_agents.search import search
+from arq_agents.trace import Episode, append_episode, count_episodes, read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import Bits, bops_fraction, load_map, save_map, uniform
-from arq_env.files import sha256, write_json
 from arq_env.quantization import Quantizer, load_quantized, save_quantized
+from arq_env.support.files import sha256, write_json
 from tests.toy import make_toy_env, search_toy, toy_network, toy_problem
 
 LAYERS = toy_problem().layers

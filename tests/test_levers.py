@@ -7,12 +7,12 @@ import pytest
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_checker import check_env
 
-from agents.algorithms import build_agent
-from agents.baselines import greedy, integer_program
-from agents.haq import HaqEnv
-from agents.levers import changes, demonstrate, demonstrations, exchange, seen_with, split_method
-from agents.recorder import Recorder
-from agents.trace import read_trace
+from arq_agents.algorithms import build_agent
+from arq_agents.baselines import greedy, integer_program
+from arq_agents.haq import HaqEnv
+from arq_agents.levers import changes, demonstrate, demonstrations, exchange, seen_with, split_method
+from arq_agents.recorder import Recorder
+from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import MIN_BITS, bops, bops_fraction
 from arq_env.env import REWARD_SCALE
@@ -164,7 +164,7 @@ def test_exchange_tries_what_seems_to_cost_least_first():
     ],
 )
 def test_a_killed_search_ends_the_same(tmp_path, method, monkeypatch):
-    monkeypatch.setattr("agents.search.EXCHANGES", 5)
+    monkeypatch.setattr("arq_agents.search.EXCHANGES", 5)
     search_toy(tmp_path / "whole", method, 28)
     trace = tmp_path / "cut" / "trace.jsonl"
     search_toy(tmp_path / "cut", method, 28)

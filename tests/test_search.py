@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise
-from agents.baselines import BASELINES
-from agents.haq import CONSTANTS, HaqDdpg
-from agents.methods import COMPARED, LEARNERS, SEARCHES, split_method
-from agents.recorder import Recorder
-from agents.search import CANDIDATES, confirm
-from agents.trace import read_trace
+from arq_agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise
+from arq_agents.baselines import BASELINES
+from arq_agents.haq import CONSTANTS, HaqDdpg
+from arq_agents.methods import COMPARED, LEARNERS, SEARCHES, split_method
+from arq_agents.recorder import Recorder
+from arq_agents.search import CANDIDATES, confirm
+from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
-from arq_env.finetuning import finish_briefly
+from arq_env.quantization.finetuning import finish_briefly
 from tests.toy import EPISODES, make_toy_env, outcome, search_toy
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
-from agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise, hyperparameters
-from agents.callbacks import ExplorationNoise
-from agents.methods import EPISODES
+from arq_agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise, hyperparameters
+from arq_agents.callbacks import ExplorationNoise
+from arq_agents.methods import EPISODES
 from arq_env.registration import ENVIRONMENTS, HORIZONS
 from tests.toy import make_toy_env
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_configurations_are_plain_data_for_every_id(algorithm):
-    configuration = importlib.import_module(f"agents.zoo.{algorithm}").hyperparams
+    configuration = importlib.import_module(f"arq_agents.zoo.{algorithm}").hyperparams
     assert list(configuration) == list(ENVIRONMENTS) and json.dumps(configuration)
     for name, settings in configuration.items():
         horizon = gymnasium.make(name).unwrapped.horizon
@@ -27,7 +27,7 @@ def test_configurations_are_plain_data_for_every_id(algorithm):
 
 def learn(algorithm, episodes, callback=None, **changes):
     """A model as rl_zoo3 builds one, trained on the toy."""
-    settings = importlib.import_module(f"agents.zoo.{algorithm}").hyperparams["ARQ-ResNet20-v0"]
+    settings = importlib.import_module(f"arq_agents.zoo.{algorithm}").hyperparams["ARQ-ResNet20-v0"]
     own = {key: value for key, value in settings.items() if key not in ("n_timesteps", "callback")}
     horizons = {"n_steps": 2, "learning_starts": 2 * WARM_UP_EPISODES - 0.5, "buffer_size": 4_000}
     model = ALGORITHMS[algorithm](env=make_toy_env(), seed=0, **own | horizons | changes)

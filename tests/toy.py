@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from agents.algorithms import WARM_UP_EPISODES
-from agents.search import search
-from agents.trace import Episode, read_trace
+from arq_agents.algorithms import WARM_UP_EPISODES
+from arq_agents.search import search
+from arq_agents.trace import Episode, read_trace
 from arq_env.datasets import Dataset, Split
 from arq_env.env import ArqEnv
 from arq_env.evaluation import CertifierSettings

@@ -1,8 +1,9 @@
-"""The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file agents.zoo.td3``."""
+"""The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file arq_agents.zoo.td3``."""
 
-from agents.algorithms import hyperparameters
-from agents.methods import EPISODES
 from arq_env.registration import ENVIRONMENTS, HORIZONS
+
+from ..algorithms import hyperparameters
+from ..methods import EPISODES
 
 
 def configuration(algorithm: str) -> dict:
@@ -13,5 +14,5 @@ def configuration(algorithm: str) -> dict:
 def _settings(algorithm: str, horizon: int) -> dict:
     settings = {"policy": "MlpPolicy", "n_timesteps": EPISODES * horizon, **hyperparameters(algorithm, horizon)}
     if settings.pop("action_noise", None) is not None:
-        settings["callback"] = "agents.callbacks.ExplorationNoise"  # a noise for each model
+        settings["callback"] = "arq_agents.callbacks.ExplorationNoise"  # a noise for each model
     return settings

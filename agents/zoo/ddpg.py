@@ -1,5 +1,5 @@
 """rl_zoo3's hyperparameters for DDPG."""
 
-from agents.zoo import configuration
+from . import configuration
 
 hyperparams = configuration("ddpg")

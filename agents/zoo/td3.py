@@ -1,5 +1,5 @@
 """rl_zoo3's hyperparameters for TD3."""
 
-from agents.zoo import configuration
+from . import configuration
 
 hyperparams = configuration("td3")

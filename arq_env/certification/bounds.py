@@ -8,7 +8,7 @@ import numpy as np
 from scipy import special, stats
 
 from arq_env.certification.inputs import checked_alpha, checked_sigma, reals
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 #: Counts above this are not exact in float64.
 _MOST = 2.0**53

@@ -15,8 +15,8 @@ from arq_env.certification.chunks import checked_run, no_progress, run_in_chunks
 from arq_env.certification.digest import classifier_digest
 from arq_env.certification.inputs import checked_name, checked_path
 from arq_env.certification.sampling import BLOCK, ESTIMATION
-from arq_env.errors import ArqError
-from arq_env.files import atomic_file, sha256
+from arq_env.support.errors import ArqError
+from arq_env.support.files import atomic_file, sha256
 
 #: Most predictions of a cache, of a byte each where there are at most 256 classes.
 MOST_PREDICTIONS = 10**10

@@ -24,7 +24,7 @@ from arq_env.certification.inputs import (
     whole,
 )
 from arq_env.certification.sampling import Sampler
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 #: Most images, and most noise samples (about), of one task of ``map``; what a kill can lose.
 CHUNK, CHUNK_SAMPLES = 16, 16_384

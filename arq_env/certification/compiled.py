@@ -7,7 +7,7 @@ from torch._inductor import config as inductor
 
 from arq_env.certification.digest import network_digest
 from arq_env.certification.inputs import shown, whole
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 
 class CompiledNetwork(torch.nn.Module):

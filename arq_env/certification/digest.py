@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Set
 import numpy as np
 import torch
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 #: Packages whose classes and functions are known by their names; of all others the code counts. This one's versions stand beside a
 #: digest wherever results are kept.

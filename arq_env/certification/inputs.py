@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 #: How far pixels may be outside of [0, 1]: that much is rounding, and is clipped.
 ROUNDING = 1e-6

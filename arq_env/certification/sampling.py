@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from arq_env.certification.inputs import MOST_LABEL, as_array, first_line
-from arq_env.errors import ArqError
-from arq_env.files import sha256
+from arq_env.support.errors import ArqError
+from arq_env.support.files import sha256
 
 #: Independent noise streams of an image: to select a class, to count it, to count it apart from a cache's counts, and
 #: the uniform draws of a randomized bound.

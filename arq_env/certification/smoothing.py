@@ -27,8 +27,8 @@ from arq_env.certification.inputs import (
     whole,
 )
 from arq_env.certification.methods import METHODS, SKIPPING, Request, can_certify, planned_samples
-from arq_env.errors import ArqError
-from arq_env.files import sha256
+from arq_env.support.errors import ArqError
+from arq_env.support.files import sha256
 
 _OWN_ARGUMENTS = {"sequential": ("radius", "price"), "incremental": ("gamma",), "paired": ("gamma",)}
 
@@ -87,7 +87,7 @@ def certify(
     :param method: one of the above
     :param radius: for ``sequential``: the one radius to decide, in the units of the pixels
     :param price: for ``sequential``: the radius, in units of sigma, that n samples must gain to be worth drawing; a lower price
-        buys more samples (``experiments/benchmark_methods.py`` shows what for)
+        buys more samples (``experiments/benchmarks/methods.py`` shows what for)
     :param cache: for ``incremental`` and ``paired``: made by :func:`arq_env.certification.cache_predictions`
     :param gamma: for ``incremental`` and ``paired``: count afresh where the cached pA is at least this
     :param skip_wrong: for ``cohen`` and ``randomized``: draw none of the n samples of images whose first n0 point to a wrong

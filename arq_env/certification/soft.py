@@ -18,7 +18,7 @@ from arq_env.certification.inputs import (
     whole,
 )
 from arq_env.certification.sampling import as_output, call
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 #: Images whose noise is drawn together; fixed, so that the noise does not depend on the device.
 IMAGES_AT_ONCE = 64
@@ -36,7 +36,7 @@ def soft_radius(network, images, labels, *, sigma: float, n: int, seed: int = 0,
     p is the mean of the softmax over Gaussian noise. For the exact mean the radius is a certificate (Salman et al. 2019; Zhai et
     al. 2020, whose training maximises it); from n samples it is an estimate, for comparing networks and not to quote. A label
     either counts or not, a softmax moves with every change of the network: on the same few samples this radius ranks maps
-    more reliably than counted labels do (``experiments/rank_maps.py``).
+    more reliably than counted labels do (``experiments/studies/rank_maps.py``).
 
     It also grows with the scale of the logits, which changes no label and no certificate by counted labels: a network wins by
     being surer of itself. ``entropy`` takes that away: all logits are multiplied by the one number with which the softmax has this

@@ -11,7 +11,7 @@ test       test images                             final certificates; never see
 
 from arq_env.datasets import cifar10, signs
 from arq_env.datasets.parts import Dataset, Split
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 __all__ = ["Dataset", "REWARD_IMAGES", "Split", "load_dataset"]
 

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import torch
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 #: Pixels of black border that a random crop may move into the image.
 CROP_PADDING = 4

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from arq_env.errors import ArqError
-from arq_env.files import atomic_file
+from arq_env.support.errors import ArqError
+from arq_env.support.files import atomic_file
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
 

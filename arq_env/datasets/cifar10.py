@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from arq_env.datasets.cache import cache_folder, read_arrays, write_arrays
-from arq_env.errors import ArqError
-from arq_env.files import sha256
+from arq_env.support.errors import ArqError
+from arq_env.support.files import sha256
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 #: SHA-256 of the pixels as uint8 [n, 32, 32, 3], in the order of the original batches.
@@ -87,7 +87,7 @@ def _download() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _from_torchvision(scratch: Path):
     """torchvision's source"""
-    from arq_env.networks.torchvision_import import import_torchvision
+    from arq_env.support.torchvision_import import import_torchvision
 
     datasets = import_torchvision().datasets
     by_hand = cache_folder() / "cifar-10-python.tar.gz"

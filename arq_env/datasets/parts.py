@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 PARTS = ("train", "reward", "test")
 #: Share of the smaller part's images that two parts may have in common: photographs come twice here and there, parts by mistake.

@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from arq_env.errors import ArqError, reason
-from arq_env.files import atomic_file, read_json, sha256, write_json
 from arq_env.networks.resnet import resnet20
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import atomic_file, read_json, sha256, write_json
 
 NETWORKS = {"resnet20": resnet20}
 SHIPPED = Path(__file__).parent / "weights"

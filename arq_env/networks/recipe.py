@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 
 @dataclass(frozen=True)

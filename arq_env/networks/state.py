@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from arq_env.errors import ArqError, reason
-from arq_env.files import atomic_file
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import atomic_file
 
 
 def save_state(folder: Path, belongs_to: str, network, optimizer, schedule, history: list[dict]) -> None:

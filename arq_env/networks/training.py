@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from arq_env.datasets import Dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
-from arq_env.errors import ArqError
 from arq_env.networks.checkpoints import channels_last
 from arq_env.networks.recipe import Recipe
 from arq_env.networks.state import restore_state, save_state
+from arq_env.support.errors import ArqError
 
 #: Learning rate of the logarithms of step sizes over that of weights.
 STEP_RATE = 5.0

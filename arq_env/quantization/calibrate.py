@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from arq_env.errors import ArqError
 from arq_env.layers import Layer
 from arq_env.quantization.exact import exact_means
+from arq_env.support.errors import ArqError
 
 #: Values kept of each layer's input, over all calibration images.
 SAMPLES = 2**14

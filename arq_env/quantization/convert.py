@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
-from arq_env.errors import ArqError
 from arq_env.layers import Layer, Layers
 from arq_env.quantization.calibrate import reestimate_batch_norm, sample_activations
 from arq_env.quantization.exact import EXACT, exact_norms
 from arq_env.quantization.integer import on_integers
 from arq_env.quantization.modules import LearnableLayer, QuantizedLayer, UnroundedLayer, replace_module
 from arq_env.quantization.quantizers import ActivationLevels, activation_levels, weight_steps
+from arq_env.support.errors import ArqError
 
 #: By how much outputs may differ with rounding left out, as a part of the largest: kernels for other layouts round differently.
 ROUNDING = 1e-3

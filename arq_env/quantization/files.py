@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap
-from arq_env.errors import ArqError, reason
 from arq_env.layers import Layer, kind_of
 from arq_env.networks.checkpoints import build_network, channels_last, give_state, read_weights, save_checkpoint
 from arq_env.quantization.convert import copy_network
@@ -16,6 +15,7 @@ from arq_env.quantization.exact import exact_norms
 from arq_env.quantization.integer import weight_codes
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.quantization.quantizers import weight_range
+from arq_env.support.errors import ArqError, reason
 
 #: Largest distance of a weight from its level, as a share of its channel's largest: some roundings of float32.
 ROUNDING = 1e-6

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from tests.end_to_end.scripts import ROOT
+from tests.end_to_end.scripts import path_of
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def called(monkeypatch, capsys):
         monkeypatch.setattr(threading, "excepthook", threading.excepthook)
         code, handler = 0, signal.getsignal(signal.SIGINT)
         try:
-            runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
+            runpy.run_path(str(path_of(name)), run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
         finally:

@@ -10,15 +10,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def path_of(name: str) -> Path:
+    """The script of that name, in whichever folder below experiments/ it lies."""
+    (path,) = (ROOT / "experiments").glob(f"**/{name}.py")
+    return path
+
+
 def script(name, *arguments, **environment):
-    """Run a script of experiments/ to its end."""
-    command = [sys.executable, f"experiments/{name}.py", *map(str, arguments)]
+    """Run a script to its end."""
+    command = [sys.executable, str(path_of(name)), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
 def kill(name, *arguments, when):
     """Start a script and end it with SIGKILL as soon as ``when()`` is true."""
-    command = [sys.executable, f"experiments/{name}.py", *map(str, arguments)]
+    command = [sys.executable, str(path_of(name)), *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not when():
         assert process.poll() is None

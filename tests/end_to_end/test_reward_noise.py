@@ -6,12 +6,12 @@ import runpy
 import numpy as np
 import pytest
 
-from tests.end_to_end.scripts import ROOT, assert_one_line_error
+from tests.end_to_end.scripts import ROOT, assert_one_line_error, path_of
 
 
 @pytest.fixture
 def script():
-    return runpy.run_path(str(ROOT / "experiments" / "reward_noise.py"), run_name="not main")
+    return runpy.run_path(str(path_of("reward_noise")), run_name="not main")
 
 
 def test_a_folder_without_maps(called, tmp_path):

@@ -16,17 +16,17 @@ from arq_env import ArqError
 from arq_env.certification import Certificates
 from arq_env.evaluation import settings_of
 from arq_env.problem import load_mapped
-from tests.end_to_end.scripts import ROOT, assert_one_line_error, script
+from tests.end_to_end.scripts import ROOT, assert_one_line_error, path_of, script
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("*.py"))])
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("**/*.py"))])
 def test_help(called, name):
     done = called(name, "--help")
     assert done.returncode == 0 and "--output" in done.stdout
 
 
 def test_help_imports_nothing_that_takes_seconds():
-    scripts = [str(path) for path in sorted((ROOT / "experiments").glob("*.py"))]
+    scripts = [str(path) for path in sorted((ROOT / "experiments").glob("**/*.py"))]
     code = f"""
 import runpy, sys
 sys.argv[1:] = ["--help"]
@@ -42,12 +42,12 @@ print(sorted({{"torch", "scipy", "stable_baselines3", "matplotlib", "tensorboard
 
 
 @pytest.mark.parametrize(
-    "name, arguments", [("train_td3", ["--env", "ARQ-ResNet20-Signs-v0"]), ("compare", ["--methods", "random"])]
+    "name, arguments", [("train_td3", ["--env", "ARQ-ResNet20-Signs-v0"]), ("compare_searches", ["--methods", "random"])]
 )
 @pytest.mark.parametrize("seconds", [0.2, 0.5, 1.0])
 def test_ctrl_c_while_a_script_starts(tmp_path, name, arguments, seconds):
     """One line and exit code 130, from a script's first line on: Python itself needs some hundredths of a second before."""
-    command = [sys.executable, f"experiments/{name}.py", *arguments, "--output", tmp_path / "run"]
+    command = [sys.executable, str(path_of(name)), *arguments, "--output", tmp_path / "run"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
@@ -150,7 +150,7 @@ def test_finalizing_mistakes(called, tmp_path, wanted, part):
 
 def test_agreement_of_rankings(tmp_path):
     """Perfect, reversed and none, and a table of finished maps that a kill cut short."""
-    functions = runpy.run_path(str(ROOT / "experiments/rank_maps.py"))
+    functions = runpy.run_path(str(ROOT / "experiments/studies/rank_maps.py"))
     radii = np.linspace(0.1, 0.9, 12)[:, None] + np.random.default_rng(0).normal(0, 0.01, (12, 500))
     scores = {"same": radii.mean(1), "reversed": -radii.mean(1), "none": np.random.default_rng(1).permutation(12)}
     records = [{"radii_after": list(radii[i]), "in_loop": {name: s[i] for name, s in scores.items()}} for i in range(12)]
@@ -188,7 +188,7 @@ def test_finals_are_compared(called, tmp_path):
         replace(table, radius=factor * table.radius).to_tsv(folders[name] / "certificates-n1000.tsv")
         document = final | {"map": name, "acr": factor * shipped["acr"]} | changes[name]
         (folders[name] / "summary-n1000.json").write_text(json.dumps(document))
-    done = called("compare_finals", *folders.values(), "--output", tmp_path / "finals.json")
+    done = called("compare_finished", *folders.values(), "--output", tmp_path / "finals.json")
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "finals.json").read_text())
     rows = {row["map"]: row for row in document["rows"]}
@@ -206,5 +206,5 @@ def test_finals_are_compared(called, tmp_path):
     assert (tmp_path / "finals.md").read_text() == done.stdout
     tmp_path = folders["made up"]
     (tmp_path / "summary-n1000.json").write_text(json.dumps(final | {"checkpoint": "0" * 64}))
-    assert_one_line_error(called("compare_finals", tmp_path, "--output", tmp_path / "finals.json"), "other weights")
-    assert_one_line_error(called("compare_finals", tmp_path / "nothing"), "finalize.py")
+    assert_one_line_error(called("compare_finished", tmp_path, "--output", tmp_path / "finals.json"), "other weights")
+    assert_one_line_error(called("compare_finished", tmp_path / "nothing"), "finalize.py")

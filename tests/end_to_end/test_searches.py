@@ -68,10 +68,10 @@ def test_an_agent_with_levers(tmp_path):
 def test_comparing_mistakes(called, tmp_path):
     assert_one_line_error(called("solve_integer_program", "--add", "onehot", "--output", tmp_path), "onehot cannot be added")
     assert_one_line_error(called("train_td3", "--add", "luck", "--output", tmp_path), "luck", "exchange")
-    assert_one_line_error(called("compare", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
-    assert_one_line_error(called("compare", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
+    assert_one_line_error(called("compare_searches", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
+    assert_one_line_error(called("compare_searches", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
     signs = ["--env", "ARQ-ResNet20-Signs-v0", "--training", "gaussian"]
-    dear = called("compare", *signs, "--methods", "greedy", "--episodes", "20", "--output", tmp_path)
+    dear = called("compare_searches", *signs, "--methods", "greedy", "--episodes", "20", "--output", tmp_path)
     assert_one_line_error(dear, "greedy measures", "--episodes more")
     assert_one_line_error(
         called("train_any_budget", "--low", "0", "--output", tmp_path / "x"), "budgets from 0.0 to 0.03", "low first"
@@ -95,7 +95,7 @@ def test_comparing_mistakes(called, tmp_path):
 @pytest.mark.slow
 def test_searches_are_compared_and_resumed(tmp_path):
     """Two searches in two processes, their maps finished; the same command again evaluates nothing and says the same."""
-    command = shlex.split("compare --env ARQ-ResNet20-Signs-v0 --training gaussian --methods uniform random --seeds 2")
+    command = shlex.split("compare_searches --env ARQ-ResNet20-Signs-v0 --training gaussian --methods uniform random --seeds 2")
     command += ["--episodes", "2", "--processes", "2", "--output", tmp_path, *shlex.split("--steps 2 --every 100 --n 20")]
     done = script(*command)
     assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_one_agent_exports_a_map_for_each_budget(tmp_path):
 @pytest.mark.parametrize("algorithm", ["ddpg", "td3", "sac"])
 def test_rl_zoo3_trains_with_our_hyperparameters_and_shows_the_agent(tmp_path, algorithm):
     command = shlex.split(f"-m rl_zoo3.train --algo {algorithm} --env ARQ-ResNet20-Signs-v0 --gym-packages arq_env")
-    command += ["--conf-file", f"agents.zoo.{algorithm}", "-n", "36", "--eval-freq", "-1", "--log-folder", tmp_path]
+    command += ["--conf-file", f"arq_agents.zoo.{algorithm}", "-n", "36", "--eval-freq", "-1", "--log-folder", tmp_path]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     monitor = lines(tmp_path / algorithm / "ARQ-ResNet20-Signs-v0_1" / "0.monitor.csv")

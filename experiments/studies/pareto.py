@@ -1,13 +1,13 @@
 """Finish maps of many budgets alike and draw their Pareto curves: certified radius over FP32's against bit operations.
 
 Each --maps is the name of one way to find maps and its maps: bit_widths.json files, or uniform bits such as W4A4. Every map is
-fine-tuned by one short recipe and certified on test images, as compare.py does it, and what is in --store already is not made
-again. Maps of two curves that cost about the same are also compared in pairs, image by image.
+fine-tuned by one short recipe and certified on test images, as compare_searches.py does it, and what is in --store already is
+not made again. Maps of two curves that cost about the same are also compared in pairs, image by image.
 """
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -17,7 +17,9 @@ def parse():
     parser.set_defaults(budget=1.0)  # maps are taken as they are
     command_line.add_processes(parser, "maps")
     command_line.add_finishing(parser)
-    parser.add_argument("--store", type=Path, default=Path("runs/compare"), help="folder of compare.py, for what is finished")
+    parser.add_argument(
+        "--store", type=Path, default=Path("runs/compare"), help="folder of compare_searches.py, for what is finished"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/pareto.json"), help="JSON file; the plot goes beside it")
     options = parser.parse_args()
     for name, *given in options.maps:
@@ -32,12 +34,12 @@ from itertools import combinations
 
 import matplotlib
 
-from agents.finishing import finish, workers
-from agents.main import make_env
+from arq_agents.finishing import finish, workers
+from arq_agents.main import make_env
 from arq_env.bitwidths import bops_fraction, load_map, named_uniform
 from arq_env.comparison import FP32, standard_error
-from arq_env.files import write_json
-from arq_env.provenance import provenance
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
 
 #: Maps whose bit operations differ by no more than this factor are compared in pairs.
 ALIKE = 1.1

@@ -36,7 +36,7 @@ def comparison_table(comparison: Comparison) -> str:
 
 
 def reference_table(documents: list[dict]) -> str:
-    """FP32 networks as a Markdown table, from the documents that ``experiments/certify_checkpoints.py`` writes."""
+    """FP32 networks as a Markdown table, from the documents that ``experiments/studies/certify_checkpoints.py`` writes."""
     radii = [f"{step / 4:g}" for step in range(1, 10)]
     rows = [("data set", "sigma", "training", "n", "ACR", "clean accuracy", *(f"at {radius}" for radius in radii))]
     rows.append(("---",) * len(rows[0]))
@@ -49,7 +49,7 @@ def reference_table(documents: list[dict]) -> str:
 
 
 def finals_table(rows: list[dict]) -> str:
-    """Finished networks as a Markdown table, from the rows that ``experiments/compare_finals.py`` writes."""
+    """Finished networks as a Markdown table, from the rows that ``experiments/studies/compare_finished.py`` writes."""
     reachable = max(_largest_radius(row) for row in rows)
     radii = [f"{step / 4:g}" for step in range(1, 13) if step / 4 <= reachable]
     head = ("base network", "map", "BOPs of FP32", "bytes", "ACR", "of FP32 as shipped", "of FP32 finished alike", "clean accuracy")

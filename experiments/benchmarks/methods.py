@@ -6,7 +6,7 @@ noise.
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -33,16 +33,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agents.finishing import workers
+from arq_agents.finishing import workers
 from arq_env.bitwidths import uniform
 from arq_env.certification import METHODS, CompiledNetwork, smoothing_radius
 from arq_env.certification.cache import CachedRows
 from arq_env.certification.methods import Request
 from arq_env.certification.sampling import ESTIMATION, FRESH, SELECTION, Sampler
 from arq_env.evaluation import Evaluator
-from arq_env.files import write_json
 from arq_env.problem import load_problem
-from arq_env.provenance import provenance
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
 
 PRICES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.265, 0.28, 0.3, 0.4, 0.6, 1.0)
 RADIUS = 0.5

@@ -5,7 +5,7 @@ Stop it at any time: every image that is done is in the TSV table of its network
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -33,11 +33,11 @@ from tqdm import tqdm
 from arq_env import ArqError
 from arq_env.certification import CompiledNetwork, estimate_seconds
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
-from arq_env.files import write_json
 from arq_env.networks.checkpoints import shipped
 from arq_env.problem import load_problem
-from arq_env.provenance import provenance
-from arq_env.report import reference_table
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
+from arq_env.support.report import reference_table
 
 
 def main(options):

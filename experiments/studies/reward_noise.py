@@ -7,7 +7,7 @@ the paired standard deviation is what a comparison of maps suffers from. Stop it
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -29,13 +29,13 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from agents.finishing import workers
+from arq_agents.finishing import workers
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
-from arq_env.files import read_json, write_json
 from arq_env.problem import load_problem
-from arq_env.provenance import provenance
+from arq_env.support.files import read_json, write_json
+from arq_env.support.provenance import provenance
 
 #: Images, noise samples of each, calibration images: the reward of version 1, today's, and others for as many or more passes.
 ALLOCATIONS = ((512, 4, 1_280), (1_000, 2, 320), (2_000, 1, 160), (2_000, 1, 320), (2_000, 1, 1_280), (4_000, 1, 320))

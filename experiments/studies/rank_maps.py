@@ -7,7 +7,7 @@ lines beside the result, and the same command goes on there.
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -38,16 +38,16 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from agents.finishing import workers
+from arq_agents.finishing import workers
 from arq_env import ArqError
 from arq_env.bitwidths import Bits
 from arq_env.certification import certify
 from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
-from arq_env.files import drop_partial_line, write_json
-from arq_env.finetuning import brief_recipe, finish_briefly
 from arq_env.problem import load_problem
-from arq_env.provenance import provenance
+from arq_env.quantization.finetuning import brief_recipe, finish_briefly
+from arq_env.support.files import drop_partial_line, write_json
+from arq_env.support.provenance import provenance
 
 #: Images that judge the finished networks: the reward split's last ones.
 JUDGES = 1_024

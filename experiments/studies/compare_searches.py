@@ -9,11 +9,11 @@ rewards, in the figures' file, are Welch's and hold for all pairs at once. Stop 
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
-    from agents.methods import COMPARED, split_method
+    from arq_agents.methods import COMPARED, split_method
 
     parser = command_line.parser(__doc__)
     parser.add_argument(
@@ -48,17 +48,17 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from agents.baselines import import_optuna
-from agents.compare import best_so_far, difference_of_means, half_width, is_deterministic, reaches, run_search, setup_cost
-from agents.finishing import finish, workers
-from agents.main import make_env
-from agents.methods import WITH_OPTUNA, split_method
-from agents.trace import count_episodes, read_trace
+from arq_agents.baselines import import_optuna
+from arq_agents.equal_cost import best_so_far, difference_of_means, half_width, is_deterministic, reaches, run_search, setup_cost
+from arq_agents.finishing import finish, workers
+from arq_agents.main import make_env
+from arq_agents.methods import WITH_OPTUNA, split_method
+from arq_agents.trace import count_episodes, read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
 from arq_env.comparison import FP32, ratio_of_means
-from arq_env.files import write_json
-from arq_env.provenance import provenance
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
 
 
 def main(options):

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from arq_env.errors import ArqError
+from arq_env.support.errors import ArqError
 
 try:
     import fcntl

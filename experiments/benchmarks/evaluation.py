@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import arq_env  # noqa: F401  (registers the ids)
 from arq_env.bitwidths import uniform
-from arq_env.files import write_json
-from arq_env.provenance import provenance
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agents.finishing import workers
+from arq_agents.finishing import workers
 from arq_env import ArqError
 from arq_env.certification import CompiledNetwork, certify
-from arq_env.files import write_json
 from arq_env.problem import load_problem
-from arq_env.provenance import provenance
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
 
 N0, ALPHA = 100, 0.001
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from agents.haq import cached_samples
-from agents.levers import uses_sensitivities
-from agents.methods import split_method
-from agents.run_folder import evaluation_identity, read_config
-from agents.search import search
-from agents.trace import Episode, read_trace
 from arq_env.evaluation import Evaluator
-from arq_env.files import sha256, write_json
 from arq_env.sensitivity import forward_passes
+from arq_env.support.files import sha256, write_json
+
+from .haq import cached_samples
+from .levers import uses_sensitivities
+from .methods import split_method
+from .run_folder import evaluation_identity, read_config
+from .search import search
+from .trace import Episode, read_trace
 
 
 def is_deterministic(method: str) -> bool:
@@ -24,13 +25,13 @@ def is_deterministic(method: str) -> bool:
 
 
 def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, store: Path, config: dict) -> None:
-    """Run or resume one search as :func:`agents.search.search` does, but for free where a map was evaluated before.
+    """Run or resume one search as :func:`arq_agents.search.search` does, but for free where a map was evaluated before.
 
     That is, alike and in any run folder two levels below ``store``.
 
     :param episodes: evaluations, of which those count that the search needs before its first map (:func:`setup_cost`)
-    :param config: as for :func:`agents.search.search`
-    :raises ArqError: when these are all, and as :func:`agents.search.search` does
+    :param config: as for :func:`arq_agents.search.search`
+    :raises ArqError: when these are all, and as :func:`arq_agents.search.search` does
     """
     evaluator = env.get_wrapper_attr("evaluator")
     recall(evaluator, store)

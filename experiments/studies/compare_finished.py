@@ -7,7 +7,7 @@ two maps as well. Reads what finalize.py and certify_checkpoints.py left; certif
 
 from pathlib import Path
 
-from agents import command_line
+from arq_agents import command_line
 
 
 def parse():
@@ -31,9 +31,9 @@ from itertools import combinations
 from arq_env import ArqError
 from arq_env.certification import Certificates
 from arq_env.comparison import paired_difference, paired_ratio
-from arq_env.files import atomic_file, write_json
-from arq_env.provenance import provenance
-from arq_env.report import finals_table
+from arq_env.support.files import atomic_file, write_json
+from arq_env.support.provenance import provenance
+from arq_env.support.report import finals_table
 
 
 def main(options):

@@ -1,0 +1,1 @@
+"""What every room uses: files, errors, provenance, tables and pictures for people."""
