@@ -1,6 +1,6 @@
 """The published search, as far as the public record goes: HAQ's DDPG and decision process with ARQ's reward.
 
-A reconstruction to compare with, made without the code of ARQ's authors: agent, observation, action and budget are those of HAQ (Wang et
+A reconstruction to compare with, made without its authors' code: agent, observation, action and budget are those of HAQ (Wang et
 al. 2019), which ARQ builds on; the reward is the certified radius by incremental randomized smoothing (Ugare et al. 2024),
 for about as many forward passes as an evaluation of this package.
 """
