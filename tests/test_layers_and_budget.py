@@ -11,7 +11,8 @@ from arq_env import ArqError
 from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers, load_map, save_map, uniform
 from arq_env.budget import BopsBudget
 from arq_env.layers import find_layers
-from arq_env.networks.resnet import resnet20
+from arq_env.networks.mobilenet import mobilenetv2
+from arq_env.networks.resnet import resnet20, resnet32
 
 LAYERS = find_layers(resnet20(), (3, 32, 32))
 
@@ -23,6 +24,18 @@ def test_resnet20():
     down = next(layer for layer in LAYERS if layer.name == "stage2.0.conv1")
     assert (down.in_channels, down.out_channels, down.kernel, down.stride, down.input_size) == (16, 32, 9, 2, 1024)
     assert down.macs == 16 * 16 * 32 * 16 * 9 and down.parameters == 16 * 32 * 9 and not down.depthwise
+
+
+def test_the_other_networks_for_small_images():
+    deeper = find_layers(resnet32().eval(), (3, 32, 32))
+    assert len(deeper) == 32 and sum(layer.macs for layer in deeper) == 68_862_592
+    assert sum(p.numel() for p in resnet32().parameters()) == 464_154
+    network = mobilenetv2().eval()
+    layers = find_layers(network, (3, 32, 32))
+    assert len(layers) == 53 and sum(layer.macs for layer in layers) == 20_577_792
+    assert sum(p.numel() for p in network.parameters()) == 700_490
+    assert [layer.stride for layer in layers if layer.depthwise] == [1, 2, 1, 2, *[1] * 9, 2, *[1] * 3]
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("bits, fraction", [(8, 0.0625), (4, 0.0161), (3, 0.0094), (2, 0.00455)])

@@ -8,11 +8,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from arq_env.networks.resnet import resnet20
+from arq_env.networks.mobilenet import mobilenetv2
+from arq_env.networks.resnet import resnet20, resnet32
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import atomic_file, read_json, sha256, write_json
 
-NETWORKS = {"resnet20": resnet20}
+NETWORKS = {"resnet20": resnet20, "resnet32": resnet32, "mobilenetv2": mobilenetv2}
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -34,10 +35,10 @@ class Checkpoint:
 
 
 def shipped(folder: Path = SHIPPED) -> list[Checkpoint]:
-    """The checkpoints in a folder, by data set, sigma and training."""
+    """The checkpoints in a folder, by network, data set, sigma and training."""
     cards = (read_json(card_path(path)) for path in Path(folder).glob("*.safetensors"))
     checkpoints = [Checkpoint(card["network"], card["dataset"], card["sigma"], card["training"]) for card in cards]
-    return sorted(checkpoints, key=lambda c: (c.dataset, c.sigma, c.training == "consistency"))
+    return sorted(checkpoints, key=lambda c: (c.network, c.dataset, c.sigma, c.training == "consistency"))
 
 
 def build_network(name: str) -> torch.nn.Module:

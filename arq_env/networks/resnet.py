@@ -67,3 +67,8 @@ class ResNet(nn.Module):
 def resnet20(classes: int = 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)) -> ResNet:
     """ResNet-20: 40,551,040 multiply-accumulates for a 32x32 image, 269,722 parameters at ten classes."""
     return ResNet(3, classes, mean, std)
+
+
+def resnet32(classes: int = 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)) -> ResNet:
+    """ResNet-32: 68,862,592 multiply-accumulates for a 32x32 image, 464,154 parameters at ten classes."""
+    return ResNet(5, classes, mean, std)
