@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
-from arq_env.certification import Certificates, certify
+from arq_env.certification import Certificates, Cohen, certify
 from arq_env.certification.chunks import no_progress
 from arq_env.evaluation import Evaluator
 from arq_env.layers import Layer
@@ -106,7 +106,7 @@ def certify_on_test_images(
     """Certify a network made from ``problem.network`` for a report.
 
     :param network: quantized, fine-tuned, compiled or as it is
-    :param skip_wrong: as for :func:`arq_env.certification.certify`; the figures of a report are the same either way
+    :param skip_wrong: as for :class:`arq_env.certification.Cohen`; the figures of a report are the same either way
     :param log, progress: as for :func:`arq_env.certification.certify`
     """
     images, labels = problem.test_images(settings.every, settings.offset)
@@ -119,7 +119,7 @@ def certify_on_test_images(
         n=settings.n,
         alpha=settings.alpha,
         seed=settings.seed,
-        skip_wrong=skip_wrong,
+        method=Cohen(skip_wrong),
         progress=progress,
         log=log,
     )

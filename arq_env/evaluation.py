@@ -13,8 +13,7 @@ import torch
 from scipy import stats
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, check_map
-from arq_env.certification import METHODS, PredictionCache, cache_predictions, certify
-from arq_env.certification.methods import SKIPPING
+from arq_env.certification import METHODS, Incremental, Method, Paired, Sequential, cache_predictions, certify
 from arq_env.certification.soft import logits_of_copies, mean_entropy, noisy_copies, radius_of_logits
 from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import CALIBRATION_IMAGES, Problem
@@ -156,7 +155,7 @@ class Evaluator:
 
     def __getstate__(self):
         """What is pickled and copied: what was measured, but no network, image or noise that can be made again."""
-        again = ("quantizer", "divergence", "_cache", "_reward_images", "_fp32_logits")
+        again = ("quantizer", "divergence", "_method", "_reward_images", "_fp32_logits")
         return {name: value for name, value in vars(self).items() if name not in again} | {"_kept_noisy": None}
 
     @cached_property
@@ -247,15 +246,14 @@ class Evaluator:
     def measure(self, build: Callable[[], torch.nn.Module]) -> Evaluation:
         """What the reward certifier says of the network that ``build`` makes, whose making counts to the seconds."""
         (images, labels), s, sigma = self._reward_images, self.settings, self.problem.sigma
-        cache, entropy = self._cache, self._entropy
+        method, entropy = self._method, self._entropy
         start = time.perf_counter()
         with exact_means():
             if s.reward_method == "soft":
                 logits = logits_of_copies(build(), self._noisy)
                 return self._soft(radius_of_logits(logits, labels, sigma=sigma, entropy=entropy), start)
-            skip = s.reward_method in SKIPPING  # what is wrong cannot count
             counts = {"n0": s.n0, "n": s.n, "alpha": s.alpha, "seed": s.seed}
-            table = certify(build(), images, labels, sigma=sigma, **counts, method=s.reward_method, skip_wrong=skip, cache=cache)
+            table = certify(build(), images, labels, sigma=sigma, **counts, method=method)
         acr, clean, certified = table.acr, table.clean_accuracy, table.certified_accuracy(sigma / 2)
         return Evaluation(acr, clean, certified, time.perf_counter() - start)
 
@@ -289,14 +287,17 @@ class Evaluator:
         return self._kept_noisy
 
     @cached_property
-    def _cache(self) -> PredictionCache | None:
-        """What the FP32 network predicts, for the methods that compare with it."""
+    def _method(self) -> Method | None:
+        """How class labels are counted; with what the FP32 network predicts, for the methods that compare with it."""
         s = self.settings
-        if s.reward_method not in ("incremental", "paired"):
+        if s.reward_method == "soft":
             return None
-        images, _ = self._reward_images
-        n = CACHE_FACTOR * s.n
-        return cache_predictions(self.problem.network, images, sigma=self.problem.sigma, n0=s.n0, n=n, seed=s.seed)
+        kind = METHODS[s.reward_method]
+        if kind in (Incremental, Paired):
+            images, _ = self._reward_images
+            n = CACHE_FACTOR * s.n
+            return kind(cache_predictions(self.problem.network, images, sigma=self.problem.sigma, n0=s.n0, n=n, seed=s.seed))
+        return kind() if kind is Sequential else kind(skip_wrong=True)  # what is wrong cannot count
 
     @cached_property
     def _entropy(self) -> float | None:

@@ -1,9 +1,12 @@
 """What the methods promise beside validity: the same numbers however they are run, fewer samples, refusals."""
 
 import concurrent.futures
+import hashlib
+import json
 import multiprocessing
 import time
 import tracemalloc
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,26 +16,25 @@ from arq_env import ArqError
 from arq_env.certification import (
     ABSTAINED,
     Certificates,
+    Cohen,
+    Incremental,
+    Method,
+    Paired,
     PredictionCache,
+    Randomized,
+    Sequential,
     cache_predictions,
     certify,
     clopper_pearson_lower,
     estimate_seconds,
     randomized_clopper_pearson_lower,
 )
-from arq_env.certification.methods import planned_samples
+from arq_env.certification.sampling import ESTIMATION
+from arq_env.certification.sequential import planned_samples
 from tests.test_certify import halfspace, table, true_radius
 
 SETTINGS = {"sigma": 0.5, "n0": 30, "n": 400, "alpha": 0.01}
-METHODS = [
-    {"method": "cohen"},
-    {"method": "randomized"},
-    {"method": "cohen", "skip_wrong": True},
-    {"method": "sequential"},
-    {"method": "sequential", "radius": 0.3},
-    {"method": "incremental"},
-    {"method": "paired"},
-]
+METHODS = ["cohen", "randomized", Cohen(skip_wrong=True), "sequential", Sequential(radius=0.3), Incremental, Paired]
 
 
 def shifted(images):
@@ -52,9 +54,9 @@ def cache(images):
     return cache_predictions(halfspace, images, sigma=0.5, n0=30, n=1_000)
 
 
-@pytest.fixture(params=METHODS, ids=lambda chosen: "-".join(map(str, chosen.values())))
+@pytest.fixture(params=METHODS, ids=lambda chosen: chosen.__name__ if isinstance(chosen, type) else str(chosen))
 def arguments(request, cache):
-    return SETTINGS | request.param | ({"cache": cache} if request.param["method"] in ("incremental", "paired") else {})
+    return SETTINGS | {"method": request.param(cache) if isinstance(request.param, type) else request.param}
 
 
 def columns(certificates):
@@ -162,7 +164,7 @@ def test_randomized_records_its_draws(images, tmp_path):
     np.testing.assert_allclose(bounds, clopper_pearson_lower(counts, 400, 0.01), atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["cohen", "randomized"])
+@pytest.mark.parametrize("method", [Cohen, Randomized])
 def test_skipping_what_is_wrong_changes_no_figure(images, method, tmp_path):
     asked = []
 
@@ -171,8 +173,8 @@ def test_skipping_what_is_wrong_changes_no_figure(images, method, tmp_path):
         return shifted(batch)
 
     log = tmp_path / "log.tsv"
-    whole = certify(shifted, images, LABELS, method=method, **SETTINGS)
-    skipped = certify(counting, images, LABELS, method=method, skip_wrong=True, log=log, name="shifted", **SETTINGS)
+    whole = certify(shifted, images, LABELS, method=method(), **SETTINGS)
+    skipped = certify(counting, images, LABELS, method=method(skip_wrong=True), log=log, name="shifted", **SETTINGS)
     wrong = whole.n != skipped.n
     assert wrong[LABELS].all() and not wrong[whole.correct].any()
     np.testing.assert_array_equal(skipped.certified_radius, whole.certified_radius)
@@ -180,11 +182,9 @@ def test_skipping_what_is_wrong_changes_no_figure(images, method, tmp_path):
     assert (skipped.prediction[wrong] == ABSTAINED).all() and not skipped.n[wrong].any()
     assert sum(asked) == 37 * SETTINGS["n0"] + (~wrong).sum() * SETTINGS["n"]
     with pytest.raises(ArqError, match="another skip_wrong"):
-        certify(shifted, images, LABELS, method=method, log=log, name="shifted", **SETTINGS)
-    unknown = certify(shifted, images, np.full(37, -1), method=method, skip_wrong=True, **SETTINGS)
+        certify(shifted, images, LABELS, method=method(), log=log, name="shifted", **SETTINGS)
+    unknown = certify(shifted, images, np.full(37, -1), method=method(skip_wrong=True), **SETTINGS)
     np.testing.assert_array_equal(unknown.radius, whole.radius)
-    with pytest.raises(ArqError, match="skip_wrong"):
-        certify(shifted, images, LABELS, method="sequential", skip_wrong=True, **SETTINGS)
 
 
 def test_sequential_spends_samples_where_they_pay(images):
@@ -195,7 +195,7 @@ def test_sequential_spends_samples_where_they_pay(images):
     assert not got.n[LABELS].any() and (got.n <= 5_000).all()
     np.testing.assert_array_equal(np.isnan(got.draw), got.n == 0)  # a randomized bound, only where something was counted
     assert got.n.mean() < 0.3 * 5_000 and got.acr > 0.9 * full.acr
-    dear = certify(halfspace, images, LABELS, method="sequential", price=0.01, **settings)
+    dear = certify(halfspace, images, LABELS, method=Sequential(price=0.01), **settings)
     assert dear.n.sum() > got.n.sum() and dear.acr > got.acr
     plan = planned_samples(100, 5_000, 0.001, 0.3)
     assert not plan[:50].any() and plan[70] < plan[95] <= 5_000
@@ -203,7 +203,7 @@ def test_sequential_spends_samples_where_they_pay(images):
 
 def test_sequential_decides_a_radius(images):
     settings = {"sigma": 0.5, "n0": 100, "n": 10_000, "alpha": 0.001}
-    got = certify(halfspace, images, np.zeros(37), method="sequential", radius=0.5, **settings)
+    got = certify(halfspace, images, np.zeros(37), method=Sequential(radius=0.5), **settings)
     truth = true_radius(images) * (images.mean((1, 2, 3)) < 0.5)
     decided = got.radius >= 0.5
     assert (decided == (got.prediction == 0)).all() and not decided[truth < 0.5].any()
@@ -212,7 +212,7 @@ def test_sequential_decides_a_radius(images):
 
 
 def test_replaying_an_unchanged_network_loses_only_the_disagreement_bound(images, cache):
-    got = certify(halfspace, images, np.zeros(37), method="incremental", cache=cache, gamma=1.0, **SETTINGS)
+    got = certify(halfspace, images, np.zeros(37), method=Incremental(cache, gamma=1.0), **SETTINGS)
     kept = clopper_pearson_lower(cache.counts, 1_000, 0.005) - (1 - 0.005 ** (1 / 400))
     assert (got.prediction == np.where(kept > 0.5, cache.classes, ABSTAINED)).all()
 
@@ -245,11 +245,9 @@ def test_cache_is_a_file_tied_to_what_made_it(images, cache, tmp_path):
 def test_another_cache_is_refused(images, cache):
     for change in ({"sigma": 0.25}, {"seed": 1}, {"n": 1_001}):
         with pytest.raises(ArqError, match="the cache was made with"):
-            certify(halfspace, images, np.zeros(37), method="paired", cache=cache, **SETTINGS | change)
+            certify(halfspace, images, np.zeros(37), method=Paired(cache), **SETTINGS | change)
     with pytest.raises(ArqError, match="other images"):
-        certify(halfspace, images * 0.5, np.zeros(37), method="paired", cache=cache, **SETTINGS)
-    with pytest.raises(ArqError, match="takes no cache"):
-        certify(halfspace, images, np.zeros(37), cache=cache, **SETTINGS)
+        certify(halfspace, images * 0.5, np.zeros(37), method=Paired(cache), **SETTINGS)
 
 
 def test_memory_does_not_grow_with_n():
@@ -277,14 +275,14 @@ def test_no_noise_is_used_twice(images):
     kept = cache_predictions(recording, images[:5], sigma=0.5, n0=30, n=400)
     cached, few = set(seen), SETTINGS | {"n": 300}
     assert len(cached) == len(seen) == 5 * 430
-    for arguments in ({}, {"method": "randomized"}, {"method": "sequential"}, {"method": "sequential", "radius": 0.3}):
+    for method in (Cohen(), Randomized(), Sequential(), Sequential(radius=0.3)):
         seen.clear()
-        certify(recording, images[:5], np.zeros(5), **few | arguments)
+        certify(recording, images[:5], np.zeros(5), method=method, **few)
         assert len(set(seen)) == len(seen) > 5 * 30
-    for method in ("incremental", "paired"):
+    for method in (Incremental, Paired):
         for gamma, replayed in ((1.0, True), (0.5, False)):
             seen.clear()
-            certify(recording, images[:5], np.zeros(5), method=method, cache=kept, gamma=gamma, **few)
+            certify(recording, images[:5], np.zeros(5), method=method(kept, gamma), **few)
             assert len(set(seen)) == len(seen) == 5 * 300
             assert (cached >= set(seen)) if replayed else not cached & set(seen)
 
@@ -314,3 +312,82 @@ def test_estimate(images):
         return halfspace(batch)
 
     assert 37 * 1.01 < estimate_seconds(slow_at_first, images, n0=10, n=1_000) < 2 * 37 * 1.01
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda cache: Cohen(skip_wrong=1), "skip_wrong is 1: give True or False"),
+        (lambda cache: Sequential(radius=-0.1), "radius is -0.1: give one that is not negative"),
+        (lambda cache: Sequential(price=0), "price is 0: give a positive number"),
+        (lambda cache: Incremental(None), "cache is None: give what cache_predictions returns"),
+        (lambda cache: Paired(cache, gamma=0.4), "gamma is 0.4: give a probability from 0.5 to 1"),
+    ],
+)
+def test_options_are_checked_where_they_are_given(cache, make, message):
+    with pytest.raises(ArqError, match=message):
+        make(cache)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"method": "sequential", "radius": 0.5}, r"give method=Sequential\(radius=...\)"),
+        ({"skip_wrong": True}, r"method=Cohen\(skip_wrong=...\) or method=Randomized"),
+        ({"cache": None}, r"Incremental\(cache=...\) or method=Paired"),
+        ({"method": "paired"}, r"needs a cache: give method=Paired\(cache\)"),
+        ({"method": "magic"}, "choose one of cohen, randomized, sequential"),
+        ({"method": Cohen}, r"or give an object such as Sequential"),
+    ],
+)
+def test_options_given_elsewhere_are_refused_with_what_to_write(images, arguments, message):
+    with pytest.raises(ArqError, match=message):
+        certify(halfspace, images, LABELS, **SETTINGS, **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sigmas'"):
+        certify(halfspace, images, LABELS, sigmas=1, **SETTINGS)
+
+
+def test_logs_belong_to_what_they_always_did(images, cache, tmp_path):
+    """Under the names and values of earlier versions, whose logs are gone on with."""
+    digests = {"images", "labels", "classifier"}
+    for method, expected in {
+        "cohen": {"method": "cohen", "cache": None},
+        Cohen(skip_wrong=True): {"method": "cohen", "cache": None, "skip_wrong": True},
+        Randomized(): {"method": "randomized", "cache": None},
+        Sequential(): {"method": "sequential", "cache": None, "radius": None, "price": 0.3},
+        Paired(cache): {"method": "paired", "cache": hashlib.sha256(cache.predictions.tobytes()).hexdigest(), "gamma": 0.99},
+    }.items():
+        log = tmp_path / f"{method}"[:12]
+        certify(halfspace, images, LABELS, method=method, log=log, name="halfspace", **SETTINGS)
+        stored = json.loads(log.with_name(log.name + ".settings.json").read_text())
+        assert {name: value for name, value in stored.items() if name not in digests} == SETTINGS | {"seed": 0} | expected
+
+
+@dataclass(frozen=True)
+class Hoeffding(Method):
+    """A bound of one's own: one class, and nothing is registered."""
+
+    share: float = 1.0
+    name = "hoeffding"
+
+    def bound(self, sampler, labels, request):
+        selected, _ = sampler.select(request.n0)
+        counted = sampler.count(ESTIMATION, request.n, selected) / request.n
+        lower = np.maximum(counted - np.sqrt(np.log(1 / (self.share * request.alpha)) / (2 * request.n)), 0)
+        return selected, lower, np.full(len(labels), request.n), np.full(len(labels), np.nan)
+
+    def highest(self, request):
+        return 1 - np.sqrt(np.log(1 / (self.share * request.alpha)) / (2 * request.n))
+
+
+def test_a_bound_of_one_s_own(images, tmp_path):
+    sharp = certify(halfspace, images, LABELS, **SETTINGS)
+    log = tmp_path / "log.tsv"
+    got = certify(halfspace, images, LABELS, method=Hoeffding(), log=log, name="halfspace", **SETTINGS)
+    assert (got.radius <= sharp.radius).all() and 0.6 * sharp.acr < got.acr < sharp.acr
+    with pytest.raises(ArqError, match="n of at least 10"):
+        certify(halfspace, images, LABELS, method=Hoeffding(), **SETTINGS | {"n": 2})
+    with pytest.raises(ArqError, match="another share"):
+        certify(halfspace, images, LABELS, method=Hoeffding(0.5), log=log, name="halfspace", **SETTINGS)
+    with pytest.raises(ArqError, match="another method"):
+        certify(halfspace, images, LABELS, log=log, name="halfspace", **SETTINGS)

@@ -12,8 +12,12 @@ from torch import nn
 
 from arq_env import ArqError
 from arq_env.certification import (
-    METHODS,
     Certificates,
+    Cohen,
+    Incremental,
+    Paired,
+    Randomized,
+    Sequential,
     betting_lower,
     cache_predictions,
     certify,
@@ -111,20 +115,28 @@ def some(arguments: dict) -> st.SearchStrategy:
     )
 
 
-METHOD = WRONG | st.sampled_from(sorted(METHODS))
+METHODS = {
+    Cohen: {"skip_wrong": WRONG},
+    Randomized: {"skip_wrong": WRONG},
+    Sequential: {"radius": WRONG, "price": WRONG},
+    Incremental: {"cache": WRONG | st.just(CACHE), "gamma": WRONG},
+    Paired: {"cache": WRONG | st.just(CACHE), "gamma": WRONG},
+}
+METHOD = WRONG | st.sampled_from([*METHODS, "cohen", "sequential", "paired"])
 SHARED = dict.fromkeys(("sigma", "n0", "n", "seed", "batch_size", "map", "progress", "name"), WRONG) | {"images": PIXELS | WRONG}
-CERTIFY = SHARED | dict.fromkeys(("alpha", "radius", "price", "gamma", "skip_wrong", "log"), WRONG)
-CERTIFY |= {"method": METHOD, "labels": LABELS | WRONG, "cache": WRONG | st.just(CACHE)}
+CERTIFY = SHARED | dict.fromkeys(("alpha", "radius", "log"), WRONG) | {"method": METHOD, "labels": LABELS | WRONG}
 
 
 @settings(max_examples=200, deadline=None)
-@given(some(CERTIFY), st.sampled_from(sorted(METHODS)))
-def test_certify(tmp_path_factory, wrong, method):
+@given(some(CERTIFY) | st.just({}), st.sampled_from([*METHODS]).flatmap(lambda kind: st.tuples(st.just(kind), some(METHODS[kind]))))
+def test_certify(tmp_path_factory, wrong, chosen):
+    kind, options = chosen
     if isinstance(wrong.get("log"), str):
         wrong |= {"log": tmp_path_factory.mktemp("log") / "log.tsv", "name": wrong["log"]}
-    cache = {"cache": CACHE} if method in ("incremental", "paired") else {}
+    options = {"cache": CACHE} | options if "cache" in METHODS[kind] else options
     with one_line():
-        got = certify(**{"classifier": halfspace, "images": IMAGES, "labels": np.zeros(5), "method": method} | ASK | cache | wrong)
+        wrong = {"method": kind(**options)} | wrong
+        got = certify(**{"classifier": halfspace, "images": IMAGES, "labels": np.zeros(5)} | ASK | wrong)
         assert len(got) == 5 and np.isfinite(got.radius).all() and (got.radius >= 0).all() and (got.n <= 12 + 40).all()
 
 
@@ -212,9 +224,9 @@ def test_whole_numbers_may_be_floats():
         ({}, 10),
         ({"alpha": 0.05}, 5),
         ({"method": "randomized", "n": 1}, 2),
-        ({"method": "sequential", "radius": 0.0}, None),
-        ({"method": "sequential", "radius": 0.5}, None),
-        ({"method": "paired"}, 11),
+        ({"method": Sequential(radius=0.0)}, None),
+        ({"method": Sequential(radius=0.5)}, None),
+        ({"method": Paired}, 11),
     ],
 )
 def test_too_few_samples_for_alpha_are_refused_with_the_least(change, least):
@@ -224,26 +236,26 @@ def test_too_few_samples_for_alpha_are_refused_with_the_least(change, least):
         return np.zeros(len(batch), int)
 
     ask = {"sigma": 0.5, "n0": 8, "n": 4} | change
-    if ask.get("method") == "paired":
-        ask["cache"] = cache_predictions(always, IMAGES, sigma=0.5, n0=8, n=2_000)
-        ask["gamma"] = 0.9
+    if ask.get("method") is Paired:
+        ask["method"] = Paired(cache_predictions(always, IMAGES, sigma=0.5, n0=8, n=2_000), gamma=0.9)
     with pytest.raises(ArqError, match="give an n of at least") as caught:
         certify(always, IMAGES, np.zeros(5), **ask)
     found = int(str(caught.value).rsplit(" ", 1)[1])
     assert least in (None, found)
     certain = certify(always, IMAGES, np.zeros(5), **ask | {"n": found}).radius > 0
-    assert certain.all() or ask.get("method") == "randomized" or ask.get("radius") == 0  # where a small draw is needed, or 0 proved
+    # else where a small draw is needed, or 0 proved
+    assert certain.all() or ask.get("method") in ("randomized", Sequential(radius=0.0))
     with pytest.raises(ArqError, match="at least"):
         certify(always, IMAGES, np.zeros(5), **ask | {"n": found - 1})
 
 
 def test_what_no_number_of_samples_certifies_is_refused():
     with pytest.raises(ArqError, match="no n is enough"):
-        certify(halfspace, IMAGES, np.zeros(5), method="sequential", radius=1e6, **ASK)
+        certify(halfspace, IMAGES, np.zeros(5), method=Sequential(radius=1e6), **ASK)
     with pytest.raises(ArqError, match="no n is enough"):
-        certify(halfspace, IMAGES, np.zeros(5), method="paired", cache=CACHE, **ASK | {"n": 4})
+        certify(halfspace, IMAGES, np.zeros(5), method=Paired(CACHE), **ASK | {"n": 4})
     with pytest.raises(ArqError, match="lower price"):
-        certify(halfspace, IMAGES, np.zeros(5), method="sequential", price=100, **ASK)
+        certify(halfspace, IMAGES, np.zeros(5), method=Sequential(price=100), **ASK)
 
 
 @pytest.mark.parametrize(

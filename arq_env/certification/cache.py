@@ -5,8 +5,8 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +22,7 @@ from arq_env.support.files import atomic_file, sha256
 MOST_PREDICTIONS = 10**10
 
 
-@dataclass(frozen=True)
-class CachedRows:
-    """Some images' part of a cache, as arrays of one entry (or row) an image."""
-
-    classes: np.ndarray
-    counts: np.ndarray
-    predictions: np.ndarray
-
-    def blocks(self, rows, n: int):
-        """The first n predictions of some rows, a block of samples at a time."""
-        for start in range(0, n, BLOCK):
-            yield self.predictions[rows, start : min(start + BLOCK, n)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are equal where they are one: arrays compare entry by entry
 class PredictionCache:
     """Predictions of one network on noisy copies of some images (Ugare et al., ICLR 2024, section 3.1).
 
@@ -67,16 +53,22 @@ class PredictionCache:
     def _places(self) -> dict[str, int]:
         return {digest: place for place, digest in enumerate(self.digests)}
 
-    def rows(self, digests: list[str]) -> CachedRows:
-        """The entries of some images.
+    def rows(self, digests: list[str]) -> "PredictionCache":
+        """The cache of some of its images.
 
-        :raises ArqError: when an image is not among the cached ones
+        :raises ArqError: when one is not among the cached ones
         """
         try:
             places = [self._places[digest] for digest in digests]
         except KeyError:
             raise ArqError("the cache was made for other images: make it for these, with cache_predictions") from None
-        return CachedRows(self.classes[places], self.counts[places], self.predictions[places])
+        arrays = {"classes": self.classes, "counts": self.counts, "predictions": self.predictions}
+        return replace(self, digests=digests, **{name: array[places] for name, array in arrays.items()})
+
+    def blocks(self, rows: np.ndarray, n: int) -> Iterator[np.ndarray]:
+        """The first n predictions of the images ``rows``, a block of samples at a time."""
+        for start in range(0, n, BLOCK):
+            yield self.predictions[rows, start : min(start + BLOCK, n)]
 
     def save(self, path: Path) -> None:
         """Write everything to one ``.npz`` file."""
@@ -118,7 +110,7 @@ def cache_predictions(
     map: Callable = map,
     progress: Callable = no_progress,
 ) -> PredictionCache:
-    """Run the original network once, for :func:`certify` with ``method="incremental"`` or ``"paired"`` on its variants.
+    """Run the original network once, for :func:`certify` by :class:`Incremental` or :class:`Paired` on its variants.
 
     The arguments are those of ``certify``; n x images bytes are kept. It is written when it is whole: a killed call starts again.
 

@@ -72,6 +72,16 @@ def real(name: str, value, holds: Callable[[float], bool], wanted: str) -> float
     return float(number)
 
 
+def flag(name: str, value) -> bool:
+    """The argument as a bool.
+
+    :raises ArqError: for anything but True or False
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArqError(f"{name} is {shown(value)}: give True or False")
+    return bool(value)
+
+
 def checked_sigma(sigma) -> float:
     """The noise level as a float, or an ArqError."""
     wanted = f"a positive standard deviation from {LEAST_SIGMA:g} to {MOST_SIGMA:g}, in units of pixels in [0, 1]"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from arq_env.bitwidths import BitWidthMap
-from arq_env.certification import certify
+from arq_env.certification import Cohen, certify
 from arq_env.evaluation import Evaluator
 from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import train
@@ -98,7 +98,7 @@ def held_out_acr(evaluator: Evaluator, network: torch.nn.Module) -> float:
     """ACR at n = 64, alpha = 0.05, on the images of the reward split that :func:`held_out` gives."""
     problem = evaluator.problem
     images, labels = problem.reward_images(*held_out(evaluator)[:2])
-    judged = {"n0": 8, "n": 64, "alpha": 0.05, "seed": evaluator.settings.seed, "skip_wrong": True}
+    judged = {"n0": 8, "n": 64, "alpha": 0.05, "seed": evaluator.settings.seed, "method": Cohen(skip_wrong=True)}
     return certify(network, images, labels, sigma=problem.sigma, **judged).acr
 
 

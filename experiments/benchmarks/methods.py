@@ -35,9 +35,18 @@ from tqdm import tqdm
 
 from arq_agents.finishing import workers
 from arq_env.bitwidths import uniform
-from arq_env.certification import METHODS, CompiledNetwork, smoothing_radius
-from arq_env.certification.cache import CachedRows
-from arq_env.certification.methods import Request
+from arq_env.certification import (
+    Cohen,
+    CompiledNetwork,
+    Incremental,
+    Method,
+    Paired,
+    PredictionCache,
+    Randomized,
+    Request,
+    Sequential,
+    smoothing_radius,
+)
 from arq_env.certification.sampling import ESTIMATION, FRESH, SELECTION, Sampler
 from arq_env.evaluation import Evaluator
 from arq_env.problem import load_problem
@@ -91,33 +100,33 @@ def record_one(network, sigma, seed, counts, image):
     return {purpose: sampler.predict(purpose, n)[0].astype(np.uint8) for purpose, n in counts.items()}, sampler.digests[0]
 
 
-def run_method(method: str, labels, predictions, digests, request: Request, seed: int) -> dict:
+def run_method(method: Method, labels, predictions, digests, request: Request) -> dict:
     """ACR, clean accuracy and samples an image of one method on recorded predictions."""
-    selected, lower, n, _ = METHODS[method](Recorded(predictions, digests, seed), labels, request)
+    selected, lower, n, _ = method.bound(Recorded(predictions, digests, request.seed), labels, request)
     radius = np.where((lower > 0.5) & (selected == labels), smoothing_radius(request.sigma, lower), 0)
-    pilot = 0 if request.cached else request.n0
+    pilot = 0 if isinstance(method, Incremental | Paired) else request.n0
     return {"acr": float(radius.mean()), "samples_an_image": float(n.mean()) + pilot, "radius": radius}
 
 
 def samples(problem, images, labels, n: int, thin: int, replayed: int, seed: int, map) -> dict:
     """All methods on the same noise: FP32 by each, and quantized variants by replaying FP32's."""
-    request = Request(problem.sigma, 100, n, 0.001, None, 0.3, 0.99)
+    request = Request(problem.sigma, 100, n, 0.001, seed)
     counts = {SELECTION: request.n0, ESTIMATION: n}
     fp32, digests = record(problem.network, problem, images, counts, seed, map, "FP32")
-    full = run_method("cohen", labels, fp32, digests, request, seed)
+    full = run_method(Cohen(), labels, fp32, digests, request)
     curve = {"cohen": [], "randomized": [], "sequential": []}
     for size in np.unique(np.geomspace(100, n, 9).astype(int)):
-        for method in ("cohen", "randomized"):
-            curve[method].append(run_method(method, labels, fp32, digests, replace(request, n=int(size)), seed))
+        for method in (Cohen(), Randomized()):
+            curve[method.name].append(run_method(method, labels, fp32, digests, replace(request, n=int(size))))
     for price in PRICES:
-        got = run_method("sequential", labels, fp32, digests, replace(request, price=price), seed)
+        got = run_method(Sequential(price=price), labels, fp32, digests, request)
         curve["sequential"].append(got | {"price": price})
     for points in curve.values():
         for point in points:
             point["acr_ratio"] = point["acr"] / full["acr"]
             point["samples_ratio"] = point["samples_an_image"] / full["samples_an_image"]
 
-    decided = run_method("sequential", labels, fp32, digests, replace(request, radius=RADIUS), seed)
+    decided = run_method(Sequential(radius=RADIUS), labels, fp32, digests, request)
     yes, cohen_yes = decided["radius"] >= RADIUS, full["radius"] >= RADIUS
     decision = {
         "radius": RADIUS,
@@ -131,7 +140,8 @@ def samples(problem, images, labels, n: int, thin: int, replayed: int, seed: int
     images, labels, digests = images[::thin], labels[::thin], digests[::thin]
     fp32 = {purpose: predictions[::thin] for purpose, predictions in fp32.items()}
     top = np.array([np.bincount(row).argmax() for row in fp32[SELECTION]])
-    cached = CachedRows(top, (fp32[ESTIMATION] == top[:, None]).sum(1), fp32[ESTIMATION])
+    counts = (fp32[ESTIMATION] == top[:, None]).sum(1)
+    cache = PredictionCache(top, counts, fp32[ESTIMATION], digests, problem.sigma, seed, request.n0, network="")
     evaluator, variants = Evaluator(problem), {}
     for bits in (8, 6, 4):
         network = evaluator.quantizer.quantize(uniform(problem.layers, bits, bits))
@@ -139,10 +149,8 @@ def samples(problem, images, labels, n: int, thin: int, replayed: int, seed: int
         own, _ = record(network, problem, images, counts, seed, map, f"W{bits}A{bits}")
         points = {"cohen": [], "incremental": [], "paired": []}
         for size in np.unique(np.geomspace(max(1, replayed // 10), replayed, 5).astype(int)):
-            few = replace(request, n=int(size))
-            for method in points:
-                asked = few if method == "cohen" else replace(few, cached=cached)
-                points[method].append(plain(run_method(method, labels, own, digests, asked, seed)))
+            for method in (Cohen(), Incremental(cache), Paired(cache)):
+                points[method.name].append(plain(run_method(method, labels, own, digests, replace(request, n=int(size)))))
         variants[f"W{bits}A{bits}"] = {
             "images": len(images),
             "disagreement": float((own[ESTIMATION] != fp32[ESTIMATION][:, :replayed]).mean()),

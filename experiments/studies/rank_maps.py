@@ -41,7 +41,7 @@ from tqdm import tqdm
 from arq_agents.finishing import workers
 from arq_env import ArqError
 from arq_env.bitwidths import Bits
-from arq_env.certification import certify
+from arq_env.certification import Cohen, certify
 from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
 from arq_env.problem import load_problem
@@ -118,7 +118,7 @@ class Worker:
         """Certified radii on the last images of the reward split."""
         problem, options = self.env.problem, self.options
         images, labels = problem.reward_images(JUDGES, len(problem.dataset.reward.images) - JUDGES)
-        samples = {"n0": 8, "n": options.n, "alpha": 0.05, "seed": options.seed, "skip_wrong": True}
+        samples = {"n0": 8, "n": options.n, "alpha": 0.05, "seed": options.seed, "method": Cohen(skip_wrong=True)}
         return certify(network, images, labels, sigma=problem.sigma, **samples).certified_radius
 
 
