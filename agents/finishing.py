@@ -23,7 +23,7 @@ from tqdm import tqdm
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
 from arq_env.evaluation import Evaluator
-from arq_env.quantization.finetuning import brief_recipe, finish_briefly
+from arq_env.finishing import brief_recipe, finish_briefly
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json, sha256, write_json
 from arq_env.support.provenance import provenance

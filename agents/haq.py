@@ -18,8 +18,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete
 from arq_env.env import REWARD_SCALE
-from arq_env.evaluation import CACHE_FACTOR, CertifierSettings, Evaluator
+from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.observation import scale_columns
+from arq_env.rewards import CACHE_FACTOR
 
 WARM_UP_EPISODES = 20
 ACTOR_RATE, CRITIC_RATE = 1e-4, 1e-3
@@ -71,11 +72,14 @@ class HaqEnv(gymnasium.Env):
 
     def step(self, action):
         """Choose the next layer's weight bits, then its activation bits; the last step enforces the budget and certifies."""
+        # 1. an action is the bits themselves, first of the weights, then of the activations
         self._bits.append(absolute_bits((float(np.clip(action, -1, 1)[0]) + 1) / 2))
         if len(self._bits) < self.horizon:
             return self._observe(), 0.0, False, False, {}
+        # 2. what all layers chose is cut until it fits the budget
         pairs = zip(self.free_layers, self._bits[::2], self._bits[1::2], strict=True)
         bit_widths = cut_to_budget({layer.name: Bits(weight, activation) for layer, weight, activation in pairs}, self.base)
+        # 3. the map that is left is quantized and rewarded; the buffer gives its reward to every step of the episode
         return self._observe(), self._reward(bit_widths), True, False, self.base.judge(bit_widths)
 
     def _observe(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from arq_env.bitwidths import BitWidthMap
 from arq_env.env import REWARD_SCALE
 from arq_env.evaluation import Evaluator
-from arq_env.quantization.finetuning import finish_briefly
+from arq_env.finishing import finish_briefly
 from arq_env.support.errors import ArqError
 from arq_env.support.files import atomic_file, read_json
 from arq_env.support.settings import CONFIRMING_STEPS

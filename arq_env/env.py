@@ -11,7 +11,8 @@ from gymnasium import spaces
 
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
 from arq_env.budget import BopsBudget
-from arq_env.evaluation import CertifierSettings, Evaluator, whole_number
+from arq_env.certification.inputs import whole
+from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
 from arq_env.support.errors import ArqError
@@ -111,7 +112,7 @@ class ArqEnv(gymnasium.Env):
     ):
         if not (render_mode is None or isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]):
             raise ArqError(f"there is no render mode {render_mode!r}: choose one of {', '.join(self.metadata['render_modes'])}")
-        end_bits = whole_number("end_bits", end_bits, MIN_BITS, MAX_BITS)
+        end_bits = whole("end_bits", end_bits, MIN_BITS, MAX_BITS)
         self.problem, self.render_mode = problem, render_mode
         self.evaluator = Evaluator(problem, settings)
         self.layers = problem.layers

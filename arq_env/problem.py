@@ -170,7 +170,7 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
     if None in names:
         raise ArqError(
             f"{path} is a map for a network of your own, and this script is for shipped ones: call arq_env.bitwidths.load_map, "
-            "arq_env.quantization.finetuning.finetune and arq_env.comparison.compare_maps with your Problem"
+            "arq_env.finishing.finish and arq_env.comparison.compare_maps with your Problem"
         )
     if not all(isinstance(name, str) for name in (*names, training)):
         raise ArqError(f"{path} has network, dataset or training that is no name: restore the file, or search again")

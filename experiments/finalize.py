@@ -53,11 +53,11 @@ from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.evaluation import CertifierSettings, Evaluator, settings_of
+from arq_env.finishing import finish
 from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
 from arq_env.quantization import integer_network, model_bytes, save_quantized
-from arq_env.quantization.finetuning import finetune
 from arq_env.support.files import write_json, writing
 from arq_env.support.provenance import provenance
 from arq_env.support.report import layer_table
@@ -83,7 +83,7 @@ def main(options):
             for key, value in record.items():
                 writer.add_scalar(f"finetune/{key}", value, record["epoch"])
 
-        network, records = finetune(
+        network, records = finish(
             evaluator, bit_widths, recipe, folder, compile=options.compile, on_batch=bar.update, on_epoch=on_epoch
         )
     writer.close()

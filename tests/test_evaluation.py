@@ -11,7 +11,8 @@ import torch
 from arq_env import ArqError
 from arq_env.bitwidths import Bits, complete, uniform
 from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
-from arq_env.evaluation import REWARD_METHODS, CertifierSettings, Evaluator, warn_if_noise_is_new
+from arq_env.evaluation import CertifierSettings, Evaluator, warn_if_noise_is_new
+from arq_env.rewards import REWARDS
 from arq_env.support.report import comparison_table, layer_table
 from tests.toy import ToyNet, toy_dataset, toy_problem
 
@@ -130,7 +131,7 @@ def test_training_mode_is_an_error():
         toy_problem(network=ToyNet())
 
 
-@pytest.mark.parametrize("method", REWARD_METHODS)
+@pytest.mark.parametrize("method", REWARDS)
 def test_every_method_can_be_the_reward(method):
     """FP32 is the reference under the same method: 8 bits are close to it, and a map is told from another."""
     evaluator = Evaluator(toy_problem(), CertifierSettings(images=32, n0=8, n=64, reward_method=method))
@@ -180,7 +181,7 @@ def test_settings_are_plain_numbers():
     given = CertifierSettings(images=np.int64(8), n=np.uint8(4), alpha=np.float32(0.5))
     assert given == CertifierSettings(images=8, n=4, alpha=0.5) and json.dumps(dataclasses.asdict(given))
     for field in dataclasses.fields(CertifierSettings):
-        for wrong in (True, None, "4", 4.0, math.nan, [4], np.array([1, 2])):
+        for wrong in (True, None, "4", 4.5, math.nan, [4], np.array([1, 2])):
             with pytest.raises(ArqError, match=field.name.replace("_", ".")):
                 CertifierSettings(**{field.name: wrong})
     with pytest.raises(ArqError, match="regained_bits is 7: .* 0 to 6"):

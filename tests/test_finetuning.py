@@ -10,11 +10,12 @@ from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.datasets import Split
 from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.finishing import brief_recipe, finish, finish_briefly, held_out, held_out_acr
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from arq_env.networks.recipe import finetuning_recipe
 from arq_env.networks.training import Recipe
 from arq_env.problem import load_problem
 from arq_env.quantization import load_quantized, model_bytes, save_quantized
-from arq_env.quantization.finetuning import brief_recipe, finetune, finetuning_recipe, finish_briefly, held_out, held_out_acr
 from tests.toy import ToyNet, toy_dataset, toy_network, toy_problem
 
 RECIPE = finetuning_recipe(0.5, epochs=3, images=500, batch=50, optimizer="adamw", peak_rate=0.005)
@@ -32,7 +33,7 @@ def coarse(evaluator):
 
 def test_finetuning_wins_back_what_bits_cost(evaluator, coarse, tmp_path):
     before = divergence_from_fp32(evaluator.problem, evaluator.quantizer.quantize(coarse))
-    network, records = finetune(evaluator, coarse, replace(RECIPE, epochs=8), tmp_path)
+    network, records = finish(evaluator, coarse, replace(RECIPE, epochs=8), tmp_path)
     assert divergence_from_fp32(evaluator.problem, network) < 0.75 * before
     assert held_out_acr(evaluator, network) == records[-1]["held_out_acr"]
     assert [record["epoch"] for record in records] == list(range(1, 9)) and not network.training
@@ -50,26 +51,26 @@ def divergence_from_fp32(problem, network) -> float:
 
 
 def test_a_killed_finetuning_ends_the_same(evaluator, coarse, tmp_path):
-    whole, records = finetune(evaluator, coarse, RECIPE, tmp_path / "whole")
+    whole, records = finish(evaluator, coarse, RECIPE, tmp_path / "whole")
 
     def dying(record):
         if record["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(evaluator, coarse, RECIPE, tmp_path / "cut", on_epoch=dying)
-    resumed, again = finetune(evaluator, coarse, RECIPE, tmp_path / "cut")
+        finish(evaluator, coarse, RECIPE, tmp_path / "cut", on_epoch=dying)
+    resumed, again = finish(evaluator, coarse, RECIPE, tmp_path / "cut")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert [record["loss"] for record in again] == [record["loss"] for record in records]
     with pytest.raises(ArqError, match="differs in recipe"):
-        finetune(evaluator, coarse, replace(RECIPE, epochs=2), tmp_path / "cut")
+        finish(evaluator, coarse, replace(RECIPE, epochs=2), tmp_path / "cut")
 
 
 def test_a_state_belongs_to_what_was_trained(evaluator, coarse, tmp_path):
     """To the map above all: its weights and steps are another's."""
     short, problem = replace(RECIPE, epochs=1, images=50), evaluator.problem
-    network, _ = finetune(evaluator, coarse, short, tmp_path)
-    again, _ = finetune(Evaluator(problem, evaluator.settings), coarse, short, tmp_path)
+    network, _ = finish(evaluator, coarse, short, tmp_path)
+    again, _ = finish(Evaluator(problem, evaluator.settings), coarse, short, tmp_path)
     assert torch.equal(again.middle.weight, network.middle.weight)
     before = (tmp_path / "training.pt").read_bytes()
     other_data = replace(toy_dataset(), reward=Split(toy_dataset().reward.images[::-1], toy_dataset().reward.labels[::-1]))
@@ -82,10 +83,10 @@ def test_a_state_belongs_to_what_was_trained(evaluator, coarse, tmp_path):
         (coarse, {"network": other_network}, "network"),
     ):
         with pytest.raises(ArqError, match=f"differs in {what}.: choose another --output"):
-            finetune(Evaluator(toy_problem(**changes), evaluator.settings), bit_widths, short, tmp_path)
+            finish(Evaluator(toy_problem(**changes), evaluator.settings), bit_widths, short, tmp_path)
     for change in ({"seed": 1}, {"calibration_images": 64}):
         with pytest.raises(ArqError, match="differs in evaluator"):
-            finetune(Evaluator(problem, replace(evaluator.settings, **change)), coarse, short, tmp_path)
+            finish(Evaluator(problem, replace(evaluator.settings, **change)), coarse, short, tmp_path)
     assert (tmp_path / "training.pt").read_bytes() == before
 
 
@@ -111,7 +112,7 @@ def test_brief_finetuning_of_few_images(evaluator, coarse):
 
 
 def test_fp32_is_finetuned_by_the_same_recipe(evaluator, tmp_path):
-    network, records = finetune(evaluator, None, RECIPE, tmp_path)
+    network, records = finish(evaluator, None, RECIPE, tmp_path)
     assert records[-1]["held_out_acr"] > 0 and not any(hasattr(module, "weight_bits") for module in network.modules())
     assert not torch.equal(network.middle.weight, evaluator.problem.network.middle.weight)
 

@@ -18,7 +18,7 @@ from arq_agents.search import CANDIDATES, confirm
 from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
-from arq_env.quantization.finetuning import finish_briefly
+from arq_env.finishing import finish_briefly
 from tests.toy import EPISODES, make_toy_env, outcome, search_toy
 
 

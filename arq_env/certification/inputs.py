@@ -50,14 +50,15 @@ def _number(value) -> int | float | None:
         return None
 
 
-def whole(name: str, value, least: int, most: int) -> int:
+def whole(name: str, value, least: int, most: float) -> int:
     """The argument as an int; a float such as 1e4 counts where it is whole.
 
     :raises ArqError: for anything but a whole number from ``least`` to ``most``
     """
     number = _number(value)
     if number is None or number != math.floor(number) or not least <= number <= most:
-        raise ArqError(f"{name} is {shown(value)}: give a whole number from {least} to {most:,}")
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most:,}"
+        raise ArqError(f"{name} is {shown(value)}: give a whole number {limits}")
     return int(number)
 
 

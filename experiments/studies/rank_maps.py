@@ -44,8 +44,8 @@ from arq_env.bitwidths import Bits
 from arq_env.certification import Cohen, certify
 from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
+from arq_env.finishing import brief_recipe, finish_briefly
 from arq_env.problem import load_problem
-from arq_env.quantization.finetuning import brief_recipe, finish_briefly
 from arq_env.support.files import drop_partial_line, write_json
 from arq_env.support.provenance import provenance
 
