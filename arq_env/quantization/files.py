@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap
-from arq_env.layers import Layer, kind_of
+from arq_env.kinds import kind_of
+from arq_env.layers import Layer
 from arq_env.networks.checkpoints import build_network, channels_last, give_state, read_weights, save_checkpoint
 from arq_env.quantization.convert import copy_network
 from arq_env.quantization.exact import exact_norms

@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import nn
 
-from arq_env.layers import Conv2d
+from arq_env.kinds import Conv2d
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.quantization.quantizers import weight_range
 from arq_env.support.errors import ArqError

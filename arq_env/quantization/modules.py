@@ -9,7 +9,8 @@ import math
 import torch
 from torch import nn
 
-from arq_env.layers import Kind, Layer, kind_of
+from arq_env.kinds import Kind, kind_of
+from arq_env.layers import Layer
 from arq_env.quantization.quantizers import highest, nearest_level, to_integers, weight_range
 from arq_env.support.errors import ArqError
 
