@@ -83,8 +83,8 @@ def compare_maps(
     problem = evaluator.problem
     images, labels = problem.test_images(settings.every, settings.offset)
     data = [sha256(np.ascontiguousarray(array)) for array in (images, labels)]
-    for bit_widths in maps.values():
-        check_map(bit_widths, problem.layers)
+    for chosen in maps.values():
+        check_map(chosen, problem.layers)
     certificates = {}
     for name, bit_widths in {FP32: None, **maps}.items():
         identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]

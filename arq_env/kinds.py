@@ -14,7 +14,7 @@ class Kind:
 
     name = "conv"
     module: type[nn.Module]
-    geometry = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
+    geometry: tuple[str, ...] = ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")
     transposed = False
 
     @classmethod
@@ -106,8 +106,3 @@ def kind_of(module: nn.Module) -> type[Kind] | None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called before or after the module's own forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def kind_of_class(module: nn.Module) -> type[Kind]:
-    """The kind by class alone, of a module that :func:`kind_of` has accepted before hooks were set."""
-    return next(kind for kind in KINDS if isinstance(module, kind.module))

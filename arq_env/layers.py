@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from arq_env.kinds import KINDS, Linear, has_hooks, kind_of, kind_of_class
+from arq_env.kinds import KINDS, Kind, Linear, has_hooks, kind_of
 from arq_env.operations import Operations, record_operations
 from arq_env.support.errors import ArqError
 
@@ -97,9 +98,9 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...], keep: Iterable
     _check_network(network)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     modules = {
-        name: module
+        name: (module, kind)
         for name, module in network.named_modules()
-        if kind_of(module) is not None and not any(fnmatchcase(name, pattern) for pattern in keep)
+        if (kind := kind_of(module)) is not None and not any(fnmatchcase(name, pattern) for pattern in keep)
     }
     with _read_by(modules) as reads:
         operations = run_once(network, input_shape)
@@ -113,7 +114,7 @@ def find_layers(network: nn.Module, input_shape: tuple[int, ...], keep: Iterable
     first_reader: dict[tuple, str] = {}
     layers = []
     for name, calls in reads.items():
-        layer = _describe(name, modules[name], calls)
+        layer = _describe(name, *modules[name], calls)
         if layer.macs != operations.macs.get(name, 0):
             raise ArqError(
                 f"layer {name!r} seems to take {layer.macs} multiply-accumulates an image, and torch counts "
@@ -179,20 +180,20 @@ class _Call:
 
 
 @contextmanager
-def _read_by(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[_Call]]]:
+def _read_by(modules: dict[str, tuple[nn.Module, type[Kind]]]) -> Iterator[dict[str, list[_Call]]]:
     """Note each call of these modules while the block runs: name to calls, in order of first use."""
     calls: dict[str, list[_Call]] = {}
 
-    def record(name):
+    def record(name, kind):
         def hook(module, args, kwargs, output):
             tensor = args[0] if args else kwargs["input"]
             # Two views of one memory are the same tensor; after a change in place they are not.
             read = tensor.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version
-            calls.setdefault(name, []).append(_Call(read, tensor, kind_of_class(module).macs(tensor, output, module.weight)))
+            calls.setdefault(name, []).append(_Call(read, tensor, kind.macs(tensor, output, module.weight)))
 
         return hook
 
-    hooks = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(record(name, kind), with_kwargs=True) for name, (module, kind) in modules.items()]
     try:
         yield calls
     finally:
@@ -211,9 +212,9 @@ def _kept(network, operations: Operations, found, keep) -> list[Kept]:
     owners = {tensor: name for name, tensor in network.named_parameters() if tensor in operations.parameters}
     for tensor, name in owners.items():
         inside = any(name.startswith(f"{layer}.") for layer in found)
-        told = any(name.startswith(f"{kept.name}.") for kept in rest) or ("." in rest_names and "." not in name)
+        owned = any(name.startswith(f"{kept.name}.") for kept in rest) or ("." in rest_names and "." not in name)
         # Norms and biases have one dimension, and scales of channels only one that is longer than 1.
-        if not inside and not told and sum(size > 1 for size in tensor.shape) >= 2:
+        if not inside and not owned and sum(size > 1 for size in tensor.shape) >= 2:
             rest.append(Kept(name, 0))
     used = {pattern for pattern in keep for kept in rest if fnmatchcase(kept.name, pattern)}
     for pattern in keep:
@@ -232,7 +233,7 @@ def _kept(network, operations: Operations, found, keep) -> list[Kept]:
     return rest
 
 
-def _why(module, kept: Kept, everything: int) -> str:
+def _why(module: nn.Module | None, kept: Kept, everything: int) -> str:
     """What a part is, and why it is not quantized."""
     if module is None:
         return "a parameter that no layer owns"
@@ -248,8 +249,8 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:200]
 
 
-def _describe(name: str, module: nn.Module, calls: list[_Call]) -> Layer:
-    kind, read = kind_of_class(module), calls[0].tensor
+def _describe(name: str, module: Any, kind: type[Kind], calls: list[_Call]) -> Layer:
+    read = calls[0].tensor
     linear = kind is Linear
     channels = module.in_features if linear else module.in_channels
     return Layer(

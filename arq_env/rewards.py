@@ -241,4 +241,4 @@ class Replayed(Certified):
 #: By the name in :class:`CertifierSettings`: methods that count class labels (what is wrong cannot count), and that need a cache.
 COUNTING = {method.name: method for method in (Cohen(skip_wrong=True), Randomized(skip_wrong=True), Sequential())}
 REPLAYING: dict[str, type[Incremental] | type[Paired]] = {"incremental": Incremental, "paired": Paired}
-REWARDS: dict[str, type[Reward]] = {"soft": Soft} | dict.fromkeys(COUNTING, Certified) | dict.fromkeys(REPLAYING, Replayed)
+REWARDS: dict[str, type[Reward]] = {"soft": Soft, **dict.fromkeys(COUNTING, Certified), **dict.fromkeys(REPLAYING, Replayed)}

@@ -108,10 +108,11 @@ def _prior(prior) -> tuple[np.ndarray, np.ndarray]:
         a, b = prior
     except (TypeError, ValueError) as error:
         raise ArqError("prior is not a pair: give (a, b), two positive numbers or arrays") from error
-    return tuple(reals("prior", end, np.finfo(float).tiny, _MOST, "two positive numbers or arrays") for end in (a, b))
+    a, b = (reals("prior", end, np.finfo(float).tiny, _MOST, "two positive numbers or arrays") for end in (a, b))
+    return a, b
 
 
-def _broadcast(**arrays) -> list[np.ndarray]:
+def _broadcast(**arrays) -> tuple[np.ndarray, ...]:
     try:
         return np.broadcast_arrays(*arrays.values())
     except ValueError as error:

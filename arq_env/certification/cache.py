@@ -6,8 +6,9 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,8 +63,8 @@ class PredictionCache:
             places = [self._places[digest] for digest in digests]
         except KeyError:
             raise ArqError("the cache was made for other images: make it for these, with cache_predictions") from None
-        arrays = {"classes": self.classes, "counts": self.counts, "predictions": self.predictions}
-        return replace(self, digests=digests, **{name: array[places] for name, array in arrays.items()})
+        kept = self.classes[places], self.counts[places], self.predictions[places]
+        return PredictionCache(*kept, digests, self.sigma, self.seed, self.n0, self.network)
 
     def blocks(self, rows: np.ndarray, n: int) -> Iterator[np.ndarray]:
         """The first n predictions of the images ``rows``, a block of samples at a time."""
@@ -126,7 +127,7 @@ def cache_predictions(
             "give a smaller n or fewer images"
         )
     path = None if path is None else checked_path("path", path)
-    tied_to = {
+    tied_to: dict[str, Any] = {
         "digests": [sha256(np.ascontiguousarray(image)) for image in run.pixels],
         "sigma": run.sigma,
         "seed": run.seed,

@@ -105,17 +105,18 @@ class CertificateLog:
     """
 
     def __init__(self, path: Path | None, labels: np.ndarray, identity: Callable[[], dict]):
-        self._path, self._rows = path, {}
+        self._path = path
+        self._rows: dict[int, tuple] = {}
         if path is None:
             return
-        beside, now = self._path.with_name(self._path.name + ".settings.json"), identity()
+        beside, now = path.with_name(path.name + ".settings.json"), identity()
         try:
-            if not self._path.exists():
+            if not path.exists():
                 write_json(beside, now)
-                with atomic_file(self._path) as file:
+                with atomic_file(path) as file:
                     file.write(("\t".join((*_COLUMNS, *_MORE)) + "\n").encode())
                 return
-            whole = self._path.read_bytes()
+            whole = path.read_bytes()
             whole = whole[: whole.rindex(b"\n") + 1]  # a kill may have cut the last line
             index, columns = _read(whole)
             if any(not 0 <= i < len(labels) or label != labels[i] for i, label in zip(index, columns["label"], strict=True)):
@@ -125,7 +126,7 @@ class CertificateLog:
                 raise ValueError(f"{beside.name} is damaged")
             if different := [name for name in now | before if before.get(name) != now.get(name)]:
                 raise ArqError(f"{path} holds certificates made with another {', '.join(different)}: choose another file for these")
-            os.truncate(self._path, len(whole))
+            os.truncate(path, len(whole))
         except ArqError:
             raise
         except (OSError, ValueError, OverflowError, RecursionError) as error:

@@ -64,10 +64,11 @@ def checked_run(classifier, images, *, sigma, n0, n, seed, batch_size, map, prog
     sigma = checked_sigma(sigma)
     n0, n, seed = whole("n0", n0, 1, MOST_N0), whole("n", n, 1, MOST_N), whole("seed", seed, 0, MOST_SEED)
     pixels = checked_pixels(images)
+    device: torch.device | None = None
     if isinstance(classifier, torch.nn.Module):
         device = device_of(classifier)
-    else:
-        device = images.device if isinstance(images, torch.Tensor) else None
+    elif isinstance(images, torch.Tensor):
+        device = images.device
     default = 32 if device is None or device.type == "cpu" else 1_024
     batch_size = default if batch_size is None else whole("batch_size", batch_size, 1, 2**31 - 1)
     function("map", map, "task", "chunks")
@@ -123,7 +124,7 @@ def run_in_chunks(task: Callable, run: Run, rows: np.ndarray, beside: Callable =
     for done in _results(run, work, chunks):
         if not isinstance(done, Done):
             raise ArqError(f"map gave {shown(done)} where a task's result was due: give a map that returns results, as map() does")
-        if not np.array_equal(left.pop(done.rows[0], None), done.rows):
+        if not np.array_equal(left.pop(done.rows[0], np.empty(0)), done.rows):
             raise ArqError(f"map gave the result for image {done.rows[0]} twice: give a map that calls the function once a task")
         yield done
     if left:

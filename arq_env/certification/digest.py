@@ -185,7 +185,8 @@ def _of_tensor(value: torch.Tensor) -> bytes:
         return _of("meta tensor", kind, shape)
     value = value.detach()
     value = value.dequantize() if value.is_quantized else value.to_dense() if value.layout != torch.strided else value
-    return _of("tensor", kind, shape, value.cpu().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8).numpy())
+    values = value.cpu().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    return _of("tensor", kind, shape, values.numpy().tobytes())
 
 
 def _script(module) -> list[bytes]:

@@ -8,6 +8,7 @@ import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _number(value) -> int | float | None:
+def _number(value) -> Any:
     """The value where it is one finite real number (also NumPy's or a tensor's), else None; truth values are none."""
     if getattr(value, "ndim", None) == 0 and isinstance(value, (np.ndarray, np.generic, torch.Tensor)) and not _is_meta(value):
         value = value.item()

@@ -33,7 +33,7 @@ class Sampler:
         self._channels_last = images.ndim == 4
         self._keep_layout = _reads_channels_last(classifier)
         self._images = np.ascontiguousarray(np.moveaxis(images, 1, -1)) if self._channels_last else images
-        self._streams = {}
+        self._streams: dict[tuple[int, int], np.random.Generator] = {}
 
     def __len__(self) -> int:
         return len(self._images)

@@ -100,7 +100,8 @@ def certify(
     todo = np.setdiff1d(np.arange(len(run.pixels)), table.done)
     task, beside = functools.partial(_certify, labels, request), functools.partial(_for_images, method, run.pixels)
     for done in run_in_chunks(task, run, todo, beside):
-        table.append(done.rows, labels[done.rows], *done.result, np.full(len(done.rows), done.seconds))
+        prediction, radius, drawn, draw = done.result
+        table.append(done.rows, labels[done.rows], prediction, radius, drawn, draw, np.full(len(done.rows), done.seconds))
     return table.certificates()
 
 

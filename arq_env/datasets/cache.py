@@ -22,7 +22,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write ``{"train": (images, labels), "test": (images, labels)}``, whole or not at all."""
     flat = {f"{split}_{kind}": array for split, pair in arrays.items() for kind, array in zip(_KINDS, pair, strict=True)}
     with atomic_file(path) as file:
-        np.savez(file, **flat)
+        np.savez(file, **flat)  # type: ignore[arg-type]  # mypy takes an array for allow_pickle
 
 
 def read_arrays(path: Path) -> Arrays:

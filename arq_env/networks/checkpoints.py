@@ -98,14 +98,14 @@ def give_state(network: torch.nn.Module, state: dict[str, torch.Tensor]) -> None
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ArqError(f"{name} holds NaN: make the file again")
     versioned = OrderedDict(state)
-    versioned._metadata = own._metadata
+    versioned._metadata = own._metadata  # type: ignore[attr-defined]  # where torch keeps versions
     network.load_state_dict(versioned, assign=True)
 
 
 def channels_last(network: torch.nn.Module) -> torch.nn.Module:
     """The network laid out as convolutions of images are fastest, in place; as it is where a weight has five dimensions."""
     if all(tensor.dim() != 5 for tensor in (*network.parameters(), *network.buffers())):
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own types leave it out
     return network
 
 

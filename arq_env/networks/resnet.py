@@ -8,6 +8,9 @@ from torch.nn import functional
 class Normalize(nn.Module):
     """Per-channel normalisation as a part of the network, so that noise is added to pixels in [0, 1] before it."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
@@ -41,6 +44,10 @@ class ResNet(nn.Module):
 
     Input: images [n, 3, 32, 32] in [0, 1]; output: logits [n, classes].
     """
+
+    stage1: nn.Sequential
+    stage2: nn.Sequential
+    stage3: nn.Sequential
 
     def __init__(self, blocks: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -66,11 +67,13 @@ def train(
     channels_last(network.to(device))
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
     others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
-    groups, rates = [{"params": others}], [recipe.peak_rate]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    rates = [recipe.peak_rate]
     if step_sizes:
         groups.append({"params": step_sizes, "weight_decay": 0.0})
         rates.append(STEP_RATE * recipe.peak_rate)
     decay, momentum = recipe.weight_decay, recipe.momentum
+    optimizer: torch.optim.Optimizer
     if recipe.optimizer == "adamw":  # a short memory for squares: quantized weights' gradients change as levels are crossed
         optimizer = torch.optim.AdamW(groups, recipe.peak_rate, (momentum, 0.99), weight_decay=decay)
     else:
@@ -92,7 +95,7 @@ def train(
     # Fusing multiplications with additions speeds up the loops around the convolutions.
     compiled = functools.partial(torch.compile, options={"cpp.enable_floating_point_contract_flag": "fast"})
     forward = compiled(network) if compile else network
-    teach = compiled(teacher) if compile and recipe.distillation else teacher
+    teach = None if not recipe.distillation else compiled(teacher) if compile else teacher
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
     for epoch in range(len(history), recipe.epochs):
@@ -109,7 +112,7 @@ def train(
             batch.add_(noise, alpha=recipe.sigma)
             taught = None
             with autocast:
-                if recipe.distillation:
+                if teach is not None:
                     with torch.no_grad():
                         taught = teach(batch).float()
                 logits = forward(batch).float()
@@ -164,7 +167,7 @@ def smoothing_loss(
     """
     log_p = functional.log_softmax(logits, dim=1)
     loss = functional.nll_loss(log_p, labels.repeat(noises))
-    if distillation:
+    if teacher_logits is not None:
         taught = -(functional.softmax(teacher_logits, dim=1) * log_p).sum(1).mean()
         loss = (1 - distillation) * loss + distillation * taught
     if consistency or entropy:

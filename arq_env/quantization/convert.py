@@ -75,7 +75,8 @@ class Quantizer:
             return False
         widest = {layer.name: Bits(MAX_BITS, MAX_BITS) for layer in self.layers}
         network = self._converted(widest, lambda module, layer: QuantizedLayer(module, layer.name))
-        return all(network.get_submodule(layer.name).largest_sum() < 2**24 for layer in self.layers)
+        quantized = [module for module in network.modules() if isinstance(module, QuantizedLayer)]
+        return all(layer.largest_sum() < 2**24 for layer in quantized)
 
     def _converted(self, bit_widths, make: Callable[[nn.Module, Layer], QuantizedLayer | LearnableLayer]) -> nn.Module:
         check_map(bit_widths, self.layers)

@@ -43,7 +43,7 @@ class ExactNorm(_BatchNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As BatchNorm in evaluation mode; in training mode by the batch's statistics, which go into the running ones."""
-        if self.training or self.running_mean is None:
+        if self.training or self.running_mean is None or self.running_var is None:
             mean, variance = self._statistics(input)
         else:
             mean, variance = self.running_mean.double(), self.running_var.double()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -85,7 +86,7 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
             if name in seen:
                 raise ArqError(f"{path} has layer {name!r} twice on its card: restore it or make it again")
             seen.add(name)
-            original = network.get_submodule(name)
+            original: Any = network.get_submodule(name)
             if kind_of(original) is None:
                 raise ArqError(
                     f"{path} cannot be loaded: {name!r} is a {type(original).__name__} in the network, which is none to quantize"

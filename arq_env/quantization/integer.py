@@ -53,12 +53,13 @@ def _can(module: nn.Module) -> bool:
 @functools.cache
 def integer_kernels() -> bool:
     """Whether this CPU multiplies 8-bit integers without saturating (VNNI): as torch says, and as the largest sums come out."""
-    if not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_vnni", False):
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not capabilities.get("avx512_vnni", False):
         return False
     codes, weight = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8), torch.full((16, 64, 3, 3), 127, dtype=torch.int8)
     ones, zeros, geometry = torch.ones(16), torch.zeros(16, dtype=torch.long), [[1, 1], [0, 0], [1, 1], 1]
     packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, *geometry)
-    after = 1.0, 0, torch.float32, "none", [], ""
+    after: tuple = 1.0, 0, torch.float32, "none", [], ""
     sums = torch.ops.onednn.qconv_pointwise(codes, 1.0, 0, packed, ones, zeros, None, *geometry, *after)
     return bool((sums == 255 * 127 * 64 * 9).all())
 
@@ -100,7 +101,7 @@ class IntegerConv2d(nn.Module):
             raise ArqError(f"layer {layer.name!r} can have sums up to {largest}: integer kernels sum in 32 bits")
         self.layer = layer
         self.zero = -layer.lowest  # the kernels take unsigned inputs: 0 becomes this code
-        self.geometry = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
+        self.geometry = [*(list(getattr(layer, name)) for name in ("stride", "padding", "dilation")), layer.groups]
         self._pack()
         self.train(layer.training)
 
@@ -113,7 +114,7 @@ class IntegerConv2d(nn.Module):
         """The quantized layer's output, float32."""
         codes = self.layer.integers(x).add_(self.zero).to(torch.uint8)
         weight = self.packed, self.ones, self.zeros, None
-        as_they_are = 1.0, 0, torch.float32, "none", [], ""
+        as_they_are: tuple = 1.0, 0, torch.float32, "none", [], ""
         sums = torch.ops.onednn.qconv_pointwise(codes, 1.0, self.zero, *weight, *self.geometry, *as_they_are)
         return self.layer.scaled(sums)
 

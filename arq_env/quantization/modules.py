@@ -1,10 +1,11 @@
 """Layers with quantized weights and quantized input activations (fake quantization).
 
 Two forms of the same function: quantized layers, for deployment and certification, and learnable layers, for fine-tuning. What is
-particular to a class of modules stands in :mod:`arq_env.layers`.
+particular to a class of modules stands in :mod:`arq_env.kinds`.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from arq_env.support.errors import ArqError
 class _Replacement(nn.Module):
     """A module with the geometry and the bias of another, whose weight and bits are still to be set.
 
-    :param module: of a class in :data:`arq_env.layers.KINDS`
+    :param module: of a class in :data:`arq_env.kinds.KINDS`
     :param name: what the network calls it
     """
 
@@ -30,7 +31,7 @@ class _Replacement(nn.Module):
         for attribute in ("groups", *self.kind.geometry):
             if hasattr(module, attribute):
                 setattr(self, attribute, getattr(module, attribute))
-        bias = module.bias
+        bias: Any = module.bias
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
         self.train(module.training)
 
@@ -44,7 +45,8 @@ class _Replacement(nn.Module):
     def extra_repr(self) -> str:
         own = [f"{name}={getattr(self, name)}" for name in self.kind.geometry if not name.startswith("_")]
         bits = [f"{name}={getattr(self, name, None)}" for name in ("weight_bits", "activation_bits", "lowest")]
-        return ", ".join([self.kind.__name__, str(tuple(self.weight.shape)), *own, *bits])
+        weight: Any = self.weight
+        return ", ".join([self.kind.__name__, str(tuple(weight.shape)), *own, *bits])
 
 
 class QuantizedLayer(_Replacement):
@@ -56,6 +58,10 @@ class QuantizedLayer(_Replacement):
     alike everywhere.
     Zero is a level of activations, so padding stays exact.
     """
+
+    codes: torch.Tensor
+    weight_step: torch.Tensor
+    activation_step: torch.Tensor
 
     def set_bits(self, weight, weight_step, weight_bits: int, activation_step, activation_bits: int, *, lowest: int) -> None:
         """Quantize the input with this step, and the float ``weight`` with ``weight_step`` [out].

@@ -103,7 +103,7 @@ def activation_levels(samples: torch.Tensor, bits: int, weights: torch.Tensor | 
     (ActivationLevels(step=tensor(2.), lowest=0), -1)
     """
     rows = samples.detach().flatten()[None]
-    found = []
+    found: list[tuple[float, int, ActivationLevels]] = []
     for lowest in lowest_levels(bits) if float(rows.min()) < 0 else [0]:
         levels = lowest, highest(bits, lowest), 1
         clips_nothing = max(float(rows.max()) / max(levels[1], 1), float(rows.min()) / min(lowest, -1)) or 1.0

@@ -17,7 +17,7 @@ from arq_env.support.errors import ArqError
 try:
     import fcntl
 except ImportError:  # Windows, where two processes in one folder go unnoticed
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 #: A partial file older than this was left by a killed process, in seconds.
 STALE = 3_600

@@ -13,7 +13,7 @@ PACKAGES = ("gymnasium", "numpy", "scipy", "stable-baselines3", "torch")
 
 def provenance() -> dict:
     """Command line, package versions, Python and processor of this process; of this package the version of the code that runs."""
-    versions = {"arq-env": arq_env.__version__}
+    versions: dict[str, str | None] = {"arq-env": arq_env.__version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -12,7 +12,7 @@ MISSING_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared = []  # torch drops a declaration when its Library object dies
+_declared: list[object] = []  # torch drops a declaration when its Library object dies
 
 
 def import_torchvision():
