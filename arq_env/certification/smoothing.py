@@ -26,8 +26,6 @@ from arq_env.certification.method import Method, Request
 from arq_env.certification.methods import checked_method, refuse_options
 from arq_env.support.files import sha256
 
-_OWN_ARGUMENTS = {"sequential": ("radius", "price"), "incremental": ("gamma",), "paired": ("gamma",)}
-
 
 def certify(
     classifier: Callable,
