@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -12,7 +13,7 @@ from arq_env import ArqError
 from arq_env.bitwidths import Bits, complete, uniform
 from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
 from arq_env.evaluation import CertifierSettings, Evaluator, warn_if_noise_is_new
-from arq_env.rewards import REWARDS
+from arq_env.rewards import REWARDS, Figures, Reward
 from arq_env.support.report import comparison_table, layer_table
 from tests.toy import ToyNet, toy_dataset, toy_problem
 
@@ -138,6 +139,38 @@ def test_every_method_can_be_the_reward(method):
     fine = evaluator.evaluate(uniform(evaluator.problem.layers, 8, 8))
     assert 0 < fine.acr == pytest.approx(evaluator.reference.acr, rel=0.15)
     assert evaluator.evaluate(uniform(evaluator.problem.layers, 2, 2)).acr != fine.acr
+
+
+class Agreement(Reward):
+    """A reward of one's own: one class, and its entry in the table."""
+
+    @staticmethod
+    def samples(settings):
+        return 1
+
+    def prepare(self):
+        self.expected = self.problem.network(self.images[0]).argmax(1)
+
+    def judge(self, network):
+        share = float((network(self.images[0]).argmax(1) == self.expected).float().mean())
+        return Figures(share, share, share)
+
+
+def test_a_reward_of_one_s_own(problem, monkeypatch):
+    monkeypatch.setitem(REWARDS, "agreement", Agreement)
+    evaluator = Evaluator(problem, dataclasses.replace(SMALL, reward_method="agreement", calibration_images=64))
+    assert evaluator.reference.acr == 1 and evaluator.settings.forward_passes == 64 + 16
+    assert 0.5 < evaluator.evaluate(uniform(problem.layers, 8, 8)).acr <= 1
+
+
+def test_what_a_copied_evaluator_measured_stays(problem):
+    """FP32's figures travel with it, images and noise do not, and the next map gets the reward that it gets here."""
+    evaluator = Evaluator(problem, SMALL)
+    evaluator.evaluate(uniform(problem.layers, 8, 8))
+    copied = pickle.loads(pickle.dumps(evaluator))
+    assert not {"images", "_kept_noisy"} & vars(copied._reward).keys() and "_fp32" in vars(copied._reward)
+    got, expected = (one.evaluate(uniform(problem.layers, 3, 3)) for one in (copied, evaluator))
+    assert (got.acr, got.clean_accuracy) == (expected.acr, expected.clean_accuracy)
 
 
 def test_a_network_that_is_merely_surer_is_worth_the_same(problem):
