@@ -38,8 +38,9 @@ class Method(ABC):
 
     @abstractmethod
     def bound(self, sampler: Sampler, labels: np.ndarray, request: Request) -> Bounded:
-        """For each image by itself, P(bound > P(f(x + e) = the class)) <= alpha.
+        """Choose each image's class and bound its probability: for each by itself, P(bound > P(f(x + e) = class)) <= alpha.
 
+        :param sampler: of a few images: asks the classifier about noisy copies of them (``select``, ``count``, ``predict``)
         :param labels: int64 [images], -1 where unknown
         """
 
