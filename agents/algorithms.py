@@ -1,17 +1,21 @@
 """stable-baselines3's DDPG, TD3 and SAC, with hyperparameters for a short horizon and one terminal reward."""
 
+from typing import Any
+
+import gymnasium
 import numpy as np
 from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from arq_env.env import arq_env_of
 from arq_env.support.errors import ArqError
 
-from .haq import HaqEnv, build_haq_agent, warm_up_steps
+from .haq import build_haq_agent, warm_up_steps
 from .methods import AGENTS
 
-ALGORITHMS = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
+ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
 
 #: Episodes of uniformly random actions before the first gradient step.
 WARM_UP_EPISODES = 20
@@ -51,7 +55,9 @@ class DecayingNoise(ActionNoise):
         self.episodes += 1
 
 
-def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, noise_decay: float = NOISE_DECAY, **changes) -> dict:
+def hyperparameters(
+    name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, noise_decay: float = NOISE_DECAY, **changes: Any
+) -> dict:
     """Keyword arguments for the algorithm.
 
     With ``gamma = 1`` and n-step returns over the whole episode, every sampled transition is learned from the certifier's
@@ -63,7 +69,7 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, no
     :param noise_decay: as ``decay`` of :class:`DecayingNoise`; not of "sac", whose own policy is random
     :param changes: keyword arguments of the algorithm in place of those here
     """
-    common = {
+    common: dict[str, Any] = {
         "learning_rate": 1e-3,
         "buffer_size": 2_000 * horizon,
         "learning_starts": warm_up_steps(warm_up, horizon),
@@ -80,15 +86,16 @@ def hyperparameters(name: str, horizon: int, warm_up: int = WARM_UP_EPISODES, no
     return common | {"action_noise": DecayingNoise(2, decay=noise_decay, warm_up=warm_up)} | changes
 
 
-def build_agent(name: str, env, *, seed: int, device: str, **changes) -> OffPolicyAlgorithm:
+def build_agent(name: str, env: gymnasium.Env, *, seed: int, device: str, **changes: Any) -> OffPolicyAlgorithm:
     """An untrained agent for ``env``.
 
+    :param env: an :class:`arq_env.env.ArqEnv`, wrapped or not
     :param changes: as for :func:`hyperparameters` (not of "arq")
     :raises ArqError: for an unknown algorithm
     """
     if name == "arq":
-        return build_haq_agent(Monitor(HaqEnv(env.unwrapped)), seed=seed, device=device)
+        return build_haq_agent(arq_env_of(env), seed=seed, device=device)
     if name not in ALGORITHMS:
         raise ArqError(f"there is no algorithm {name!r}: choose one of {', '.join(AGENTS)}")
-    settings = hyperparameters(name, env.get_wrapper_attr("horizon"), **changes)
+    settings = hyperparameters(name, arq_env_of(env).horizon, **changes)
     return ALGORITHMS[name]("MlpPolicy", Monitor(env), seed=seed, device=device, **settings)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -10,9 +11,10 @@ from gymnasium.utils import seeding
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, uniform
-from arq_env.budget import BopsBudget
-from arq_env.env import budget_option
+from arq_env.bitwidths import Bits, BitWidthMap, uniform
+from arq_env.budget import WIDTHS, OneBudget
+from arq_env.env import arq_env_of, budget_option
+from arq_env.search_space import SearchSpace
 from arq_env.support.errors import ArqError
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
@@ -28,25 +30,29 @@ from .search import learn, start
 DEMONSTRATED, DEMONSTRATED_WEIGHTS = 12, (1.0, 0.5, 2.0)
 
 
-class DrawnBudget(gymnasium.Wrapper):
+class DrawnBudget(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
     """Draws each episode's budget, evenly on a log scale, and takes what uniform bits would reach there off the reward.
 
     That baseline depends on the budget alone, so it changes no preference among maps; it leaves the agent with rewards
     of one scale, from the smallest budget to the largest. ``info["reward"]`` stays the environment's own.
 
-    :param env: an :class:`arq_env.env.ArqEnv`
-    :param low, high: fractions of FP32's bit operations
+    :param env: an :class:`arq_env.env.ArqEnv` with a budget of one kind
+    :param low, high: limits of that kind: of bit operations, fractions of FP32's
     """
 
     def __init__(self, env: gymnasium.Env, low: float, high: float):
         super().__init__(env)
-        if not 0 < low < high <= 1:
-            raise ArqError(f"budgets from {low} to {high} were asked for: give two fractions of FP32's bit operations, low first")
-        BopsBudget(env.unwrapped.layers, low, env.unwrapped.end_bits)  # an error, if it cannot be met
+        self._space: SearchSpace = arq_env_of(env)
+        if not isinstance(self._space.default_budget, OneBudget):
+            raise ArqError(f"the budget is {self._space.default_budget}: give a single one to draw others between two")
+        if not 0 < low < high:
+            raise ArqError(f"budgets from {low} to {high} were asked for: give two, low first")
+        self._budget = self._space.default_budget.at(high)
+        self._budget.at(low)  # an error, if it cannot be met
         self.low, self.high = low, high
         self._rng = np.random.default_rng()
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode at a drawn budget, unless ``options`` name one."""
         if seed is not None:
             self._rng, _ = seeding.np_random(seed)  # Gymnasium's error for what is no seed
@@ -54,21 +60,24 @@ class DrawnBudget(gymnasium.Wrapper):
             options = {"budget": float(np.exp(self._rng.uniform(np.log(self.low), np.log(self.high))))}
         return self.env.reset(seed=seed, options=options)
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict]:
         """As the environment does; the last reward is relative to uniform bits."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         if terminated:
-            reward -= float(np.interp(np.log(self.unwrapped.budget.fraction), *self.uniform_rewards))
+            reward = float(reward) - float(np.interp(np.log(self._space.budget.value), *self.uniform_rewards))
         return observation, reward, terminated, truncated, info
 
     @cached_property
     def uniform_rewards(self) -> tuple[list[float], list[float]]:
-        """Log fractions of FP32's BOPs and rewards of W2A2, W3A3 and so on, up to the first that the largest budget allows not."""
-        base, costs, rewards = self.unwrapped, [], []
-        for bits in range(MIN_BITS, MAX_BITS + 1):
-            bit_widths = uniform(base.layers, bits, bits, base.end_bits)
-            costs.append(float(np.log(bops_fraction(bit_widths, base.layers))))
-            rewards.append(base.judge(bit_widths)["reward"])
+        """Log costs and rewards of W2A2, W3A3 and so on, up to the first that the largest budget allows not.
+
+        Costs are in the budget's own measure; where activations cost nothing it is W2A8, W3A8 and so on.
+        """
+        space, costs, rewards = self._space, [], []
+        for bits in WIDTHS:
+            bit_widths = uniform(space.layers, *self._budget.level(bits), space.end_bits)
+            costs.append(float(np.log(self._budget.amount(bit_widths))))
+            rewards.append(space.judge(bit_widths)["reward"])
             if np.exp(costs[-1]) > self.high:
                 break
         return costs, rewards
@@ -76,7 +85,7 @@ class DrawnBudget(gymnasium.Wrapper):
 
 def train_for_any_budget(
     algorithm: str,
-    env,
+    env: gymnasium.Env,
     budgets: tuple[float, float],
     *,
     episodes: int,
@@ -92,7 +101,7 @@ def train_for_any_budget(
 
     :param algorithm: of stable-baselines3, and what :mod:`arq_agents.levers` adds but ``exchange`` and ``incremental``, such as
         ``td3+features``; ``demonstrations`` are the integer program's maps for :data:`DEMONSTRATED` budgets
-    :param budgets: least and greatest fraction of FP32's bit operations
+    :param budgets: least and greatest, as for :class:`DrawnBudget`
     """
     name, levers = split_method(algorithm)
     if name not in ALGORITHMS or not {"exchange", "incremental"}.isdisjoint(levers):
@@ -101,20 +110,21 @@ def train_for_any_budget(
             "without exchange and without incremental"
         )
     folder, drawn = Path(folder), DrawnBudget(env, *budgets)
-    known = open_folder(folder, algorithm, env, episodes, seed, (config or {}) | {"budgets": list(budgets)})
-    shown = _demonstrations(env.unwrapped, budgets) if "demonstrations" in levers else ()
-    with start(folder, env, episodes, known, progress=progress) as recorder:
+    base = arq_env_of(env)
+    known = open_folder(folder, algorithm, base, episodes, seed, (config or {}) | {"budgets": list(budgets)})
+    shown = _demonstrations(base, budgets) if "demonstrations" in levers else ()
+    with start(folder, base, episodes, known, progress=progress) as recorder:
         return learn(name, drawn, recorder, folder, seed, device, levers=levers, shown=shown, until=episodes)
 
 
-def _demonstrations(env, budgets: tuple[float, float]) -> Iterator[tuple[float, BitWidthMap]]:
-    for fraction in np.geomspace(*budgets, DEMONSTRATED).clip(*budgets).tolist():
-        budget = BopsBudget(env.layers, fraction, env.end_bits)
+def _demonstrations(space: SearchSpace, budgets: tuple[float, float]) -> Iterator[tuple[Any, BitWidthMap]]:
+    for value in np.geomspace(*budgets, DEMONSTRATED).clip(*budgets).tolist():
+        budget = space.default_budget.at(value)
         for weight in DEMONSTRATED_WEIGHTS:
-            yield fraction, least_sensitive(env, env.evaluator.sensitivities, weight, budget)
+            yield value, least_sensitive(space, space.sensitivities, weight, budget)
 
 
-def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
+def map_for_budget(agent: OffPolicyAlgorithm, env: gymnasium.Env, budget: float) -> dict:
     """What the agent does at a budget, without exploring: the info of the episode's end, ``bit_widths`` and ``reward`` in it.
 
     :param env: of the network and noise that the agent learned on, or of others, as :func:`arq_agents.levers.seen_with` its levers
@@ -127,19 +137,19 @@ def map_for_budget(agent: OffPolicyAlgorithm, env, budget: float) -> dict:
     return info
 
 
-def export_budgets(agent: OffPolicyAlgorithm, env, algorithm: str, budgets: list[float], folder: Path) -> str:
+def export_budgets(agent: OffPolicyAlgorithm, env: gymnasium.Env, algorithm: str, budgets: list[float], folder: Path) -> str:
     """Write the agent's map for each budget below ``maps/`` and a summary as ``budgets.json``; return the latter as a table.
 
     :param algorithm: what the agent was trained as, with its levers
     """
-    seen, rows = seen_with(split_method(algorithm)[1], env), []
+    base, seen, rows = arq_env_of(env), seen_with(split_method(algorithm)[1], env), []
     if seen.observation_space != agent.observation_space:
         raise ArqError("the agent sees another network's layers one by one: train one without onehot to apply it here")
     for budget in budgets:
         info = map_for_budget(agent, seen, budget)
         metrics = {key: info[key] for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr")}
         bit_widths = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
-        export_map(folder / "maps" / str(float(budget)), env, bit_widths, budget, metrics)
+        export_map(folder / "maps" / str(float(budget)), base, bit_widths, base.default_budget.at(budget).spec, metrics)
         rows.append({"budget": budget, "bops_fraction": info["bops_fraction"]} | metrics)
     write_json(folder / "budgets.json", {"rows": rows, "provenance": provenance()})
     lines = [f"{row['budget']:8.3%} {row['bops_fraction']:8.3%} {row['reward']:8.3f}" for row in rows]
@@ -167,13 +177,14 @@ def learned_on(run: Path) -> dict:
     :raises ArqError: as :func:`read_agent_config`
     """
     config = read_agent_config(run)
-    certifier = config.get("certifier") if isinstance(config.get("certifier"), dict) else {}
-    found = {name: config.get(name) for name in ("env", "sigma", "training")} | {"regained_bits": certifier.get("regained_bits")}
+    certifier = config.get("certifier")
+    found = {name: config.get(name) for name in ("env", "sigma", "training")}
+    found["regained_bits"] = certifier.get("regained_bits") if isinstance(certifier, dict) else None
     kinds = {"env": str, "sigma": int | float, "training": str, "regained_bits": int}
     return {name: value for name, value in found.items() if isinstance(value, kinds[name]) and not isinstance(value, bool)}
 
 
-def load_agent(run: Path, env) -> tuple[OffPolicyAlgorithm, str]:
+def load_agent(run: Path, env: gymnasium.Env) -> tuple[OffPolicyAlgorithm, str]:
     """The agent of a run folder for an environment, and what it was trained as.
 
     SB3's own ``load`` unpickles what is in ``agent.zip``, which can run any code; here an agent is built as in training, and takes
@@ -187,7 +198,7 @@ def load_agent(run: Path, env) -> tuple[OffPolicyAlgorithm, str]:
     agent = build_agent(name, seen_with(levers, env), seed=0, device="cpu", buffer_size=1)
     try:
         _, parameters, _ = load_from_zip_file(str(path), load_data=False, device="cpu")  # with torch's weights_only
-        policy = parameters["policy"]
+        policy: dict[str, Any] = parameters["policy"]  # type: ignore[assignment]  # as SB3 has it, a tensor
     except Exception as error:  # of zipfile, zlib, pickle or torch, for whatever is in there
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise ArqError(f"{path} holds no agent that can be read ({reason}): train it again") from error

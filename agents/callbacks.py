@@ -1,6 +1,7 @@
 """What stable-baselines3 calls while an agent learns."""
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
 from .algorithms import DecayingNoise
@@ -20,7 +21,8 @@ class RecordEpisodes(BaseCallback):
 
     def __init__(self, recorder: Recorder):
         super().__init__()
-        self.recorder, self._actions = recorder, []
+        self.recorder = recorder
+        self._actions: list[np.ndarray] = []
 
     def _on_step(self) -> bool:
         self._actions.append(self.locals["actions"][0])
@@ -39,7 +41,7 @@ class ExplorationNoise(BaseCallback):
 
     def _on_training_start(self) -> None:
         if self.model.action_noise is None:
-            self.model.action_noise = DecayingNoise(self.training_env.action_space.shape[0])
+            self.model.action_noise = DecayingNoise(spaces.flatdim(self.training_env.action_space))
             self.model.action_noise.reset()
 
     def _on_step(self) -> bool:

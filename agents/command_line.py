@@ -11,20 +11,24 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 #: Of errors in writing that are the user's to mend, wherever they come from (TensorBoard writes in a thread of its own).
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
+Result = TypeVar("Result")
+
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         """Show a default only where there is one."""
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake."""
         self.exit(2, f"error: {message} (see --help)\n")
 
@@ -34,7 +38,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     return _OneLineParser(description=description, formatter_class=_Defaults, allow_abbrev=False)
 
 
-def whole(least: int, most: int = 2**32 - 1):
+def whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
     """The type of an option that takes a whole number from ``least`` to ``most``."""
 
     def convert(text: str) -> int:
@@ -144,7 +148,7 @@ def search_options(algorithm: str) -> argparse.Namespace:
     return options
 
 
-def start(name: str, parse, *arguments) -> argparse.Namespace | None:
+def start(name: str, parse: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace | None:
     """What ``parse(*arguments)`` returns; from here to :func:`run`, while imports take seconds, Ctrl-C ends the process.
 
     At once and in one line, and not by an exception: what is being imported may turn that into another, or print it.
@@ -161,7 +165,7 @@ def start(name: str, parse, *arguments) -> argparse.Namespace | None:
     return _guarded(parse, *arguments)
 
 
-def run(main, *arguments, resumes: bool = True) -> None:
+def run(main: Callable[..., None], *arguments: Any, resumes: bool = True) -> None:
     """Call ``main(*arguments)``; end with one line and exit code 2 for a mistake of the user's, 130 for Ctrl-C.
 
     :param resumes: whether the same command goes on where an interrupted one stopped
@@ -177,7 +181,7 @@ def run(main, *arguments, resumes: bool = True) -> None:
         sys.exit(130)
 
 
-def _guarded(call, *arguments):
+def _guarded(call: Callable[..., Result], *arguments: Any) -> Result:
     """Call it; exit code 2 and one line for what the user can mend."""
     try:
         return call(*arguments)
@@ -197,13 +201,13 @@ def _guarded(call, *arguments):
         sys.exit(2)
 
 
-def _end(*_) -> None:
+def _end(*_: object) -> None:
     """Ctrl-C before there is anything to keep."""
     os.write(2, b"interrupted: nothing had begun\n")
     os._exit(130)
 
 
-def _in_thread(ended) -> None:
+def _in_thread(ended: threading.ExceptHookArgs) -> None:
     """No traceback of a thread that could not write: whoever started it meets the error again."""
     if getattr(ended.exc_value, "errno", None) not in _UNWRITABLE:
         threading.__excepthook__(ended)

@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 from scipy import stats
 
+from arq_env.env import arq_env_of
 from arq_env.evaluation import Evaluator
 from arq_env.sensitivity import forward_passes
 from arq_env.support.files import sha256, write_json
@@ -24,7 +27,7 @@ def is_deterministic(method: str) -> bool:
     return split_method(method)[0] in ("uniform", "greedy", "integer_program")
 
 
-def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, store: Path, config: dict) -> None:
+def run_search(method: str, env: gymnasium.Env, *, seed: int, episodes: int, folder: Path, store: Path, config: dict) -> None:
     """Run or resume one search as :func:`arq_agents.search.search` does, but for free where a map was evaluated before.
 
     That is, alike and in any run folder two levels below ``store``.
@@ -33,13 +36,13 @@ def run_search(method: str, env, *, seed: int, episodes: int, folder: Path, stor
     :param config: as for :func:`arq_agents.search.search`
     :raises ArqError: when these are all, and as :func:`arq_agents.search.search` does
     """
-    evaluator = env.get_wrapper_attr("evaluator")
+    evaluator = arq_env_of(env).evaluator
     recall(evaluator, store)
     if uses_sensitivities(method):
         share_sensitivities(evaluator, store)
     episodes -= math.ceil(setup_cost(method, env))
-    options = {"confirming_steps": 0, "progress": False, "config": config}  # fine-tuning would cost what no evaluation counts
-    search(method, env, episodes=episodes, folder=folder, seed=seed, **options)
+    # no confirming steps: fine-tuning would cost what no evaluation counts
+    search(method, env, episodes=episodes, folder=folder, seed=seed, confirming_steps=0, progress=False, config=config)
 
 
 def recall(evaluator: Evaluator, store: Path) -> None:
@@ -57,15 +60,16 @@ def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
     identity = sha256(json.dumps(evaluation_identity(evaluator), sort_keys=True).encode())
     path = store / f"sensitivities-{identity[:12]}.json"
     if path.exists():
-        evaluator.sensitivities = {(row["layer"], row["kind"]): row["divergence"] for row in json.loads(path.read_text())}
+        rows = json.loads(path.read_text())
+        evaluator.remember_sensitivities({(row["layer"], row["kind"]): row["divergence"] for row in rows})
     else:
         rows = [{"layer": layer, "kind": kind, "divergence": d} for (layer, kind), d in evaluator.sensitivities.items()]
         write_json(path, rows)
 
 
-def setup_cost(method: str, env) -> float:
+def setup_cost(method: str, env: gymnasium.Env) -> float:
     """What a search measures before its first map, in evaluations by forward passes."""
-    evaluator, (name, levers) = env.get_wrapper_attr("evaluator"), split_method(method)
+    evaluator, (name, levers) = arq_env_of(env).evaluator, split_method(method)
     passes = forward_passes(evaluator.problem.layers, evaluator.settings.calibration_images) if uses_sensitivities(method) else 0
     if name == "arq" or "incremental" in levers:
         passes += cached_samples(evaluator.settings)
@@ -82,7 +86,7 @@ def best_so_far(episodes: list[Episode], evaluations: int, setup: float = 0.0) -
     return np.where(index >= 0, best[np.clip(index, 0, len(best) - 1)], np.nan)
 
 
-def half_width(values, level: float = 0.95) -> float | None:
+def half_width(values: Sequence[float], level: float = 0.95) -> float | None:
     """Half of Student's confidence interval for the mean of runs; None for a single run, which says nothing of others.
 
     >>> round(half_width([1.0, 2.0, 3.0]), 2)
@@ -92,7 +96,7 @@ def half_width(values, level: float = 0.95) -> float | None:
     return float(stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
 
 
-def difference_of_means(a, b, comparisons: int, level: float = 0.95) -> dict[str, float | None]:
+def difference_of_means(a: Sequence[float], b: Sequence[float], comparisons: int, level: float = 0.95) -> dict[str, float | None]:
     """Mean of a's runs less that of b's, and half of Welch's confidence interval, which is None where both are single runs.
 
     A single run stands for a search that always comes out the same, and counts as exact.

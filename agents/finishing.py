@@ -4,17 +4,20 @@ A search can win its reward and lose the network; this is the number that counts
 :func:`arq_agents.command_line.add_finishing` and :func:`arq_agents.command_line.add_environment`.
 """
 
+import argparse
 import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from tqdm import tqdm
 
 from arq_env.bitwidths import BitWidthMap
 from arq_env.comparison import TestSettings, certify_on_test_images
+from arq_env.env import arq_env_of
 from arq_env.evaluation import Evaluator
 from arq_env.finishing import brief_recipe, finish_briefly
 from arq_env.support.errors import ArqError, reason
@@ -30,9 +34,11 @@ from arq_env.support.provenance import provenance
 
 from .main import make_env
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 @contextlib.contextmanager
-def workers(processes: int):
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes; leaving its block by Ctrl-C or an error ends them at once.
 
     :raises ArqError: when one of them is killed
@@ -50,7 +56,7 @@ def workers(processes: int):
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(open_end) -> None:
+def _start_worker(open_end: connection.Connection) -> None:
     """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition.
 
     :param open_end: of a pipe; the worker ends when the parent closes the other end
@@ -58,14 +64,19 @@ def _start_worker(open_end) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def watch():
-        connection.wait([multiprocessing.parent_process().sentinel, open_end])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+
+    def watch() -> None:
+        connection.wait([parent.sentinel, open_end])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def finish(pool, maps: dict, options, store: Path) -> dict[object, np.ndarray]:
+def finish(
+    pool: ProcessPoolExecutor, maps: Mapping[Name, BitWidthMap | None], options: argparse.Namespace, store: Path
+) -> dict[Name, np.ndarray]:
     """Name to certified radii on test images of the finished map; a map that has two names is finished once.
 
     :param pool: of workers from :func:`workers`
@@ -79,9 +90,9 @@ def finish(pool, maps: dict, options, store: Path) -> dict[object, np.ndarray]:
     return {name: radii[key] for name, key in keys.items()}
 
 
-def _finish_one(bit_widths, options, store: Path) -> np.ndarray:
+def _finish_one(bit_widths: BitWidthMap | None, options: argparse.Namespace, store: Path) -> np.ndarray:
     """One map in a worker process."""
-    evaluator = make_env(options).get_wrapper_attr("evaluator")
+    evaluator = arq_env_of(make_env(options)).evaluator
     settings = TestSettings(every=options.every, n0=32, n=options.n)
     return finished_radii(evaluator, bit_widths, store / "finished", steps=options.steps, settings=settings)
 

@@ -7,20 +7,25 @@ for about as many forward passes as an evaluation of this package.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 from scipy.stats import truncnorm
 from stable_baselines3 import DDPG
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops, complete
-from arq_env.env import REWARD_SCALE
-from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
+from arq_env.evaluation import CertifierSettings
 from arq_env.observation import scale_columns
 from arq_env.rewards import CACHE_FACTOR
+from arq_env.search_space import SearchSpace
 
 WARM_UP_EPISODES = 20
 ACTOR_RATE, CRITIC_RATE = 1e-4, 1e-3
@@ -39,17 +44,17 @@ def warm_up_steps(episodes: int, horizon: int) -> float:
     return max(episodes * horizon - 0.5, 0)
 
 
-class HaqEnv(gymnasium.Env):
+class HaqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """HAQ's decision process: two steps a layer, absolute bits, the budget enforced when all is chosen.
 
     The agent is rewarded for the map that is left after the cut. The last step's info, ``reward`` included, is that of the
     environment below, which the agent does not see: each map is evaluated twice, so that this search's trace can be
     compared with the others'. A resumed search recalls the latter evaluation only and makes the former again.
 
-    :param base: the :class:`arq_env.env.ArqEnv` whose problem and budget this shares
+    :param base: the environment below, whose problem and budget this shares
     """
 
-    def __init__(self, base):
+    def __init__(self, base: SearchSpace):
         self.base, self.free_layers = base, base.free_layers
         self._reward = incremental_reward(base)
         self.observation_space = spaces.Box(0, 1, (10,), np.float32)
@@ -64,13 +69,13 @@ class HaqEnv(gymnasium.Env):
         """Steps of an episode."""
         return 2 * len(self.free_layers)
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start at the first free layer's weights."""
         super().reset(seed=seed)
         self._bits: list[int] = []
         return self._observe(), {}
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Choose the next layer's weight bits, then its activation bits; the last step enforces the budget and certifies."""
         # 1. an action is the bits themselves, first of the weights, then of the activations
         self._bits.append(absolute_bits((float(np.clip(action, -1, 1)[0]) + 1) / 2))
@@ -88,11 +93,9 @@ class HaqEnv(gymnasium.Env):
         return np.array([*self._static[step // 2], previous, step % 2], np.float32)
 
 
-def incremental_reward(base) -> Callable[[BitWidthMap], float]:
+def incremental_reward(space: SearchSpace) -> Callable[[BitWidthMap], float]:
     """ARQ's reward on an environment's problem, as a function of the map; each map is certified once."""
-    evaluator = Evaluator(base.problem, incremental(base.evaluator.settings))
-    evaluator.quantizer = base.evaluator.quantizer  # the same calibration
-    return lambda bit_widths: REWARD_SCALE * (evaluator.evaluate(bit_widths).acr / evaluator.reference.acr - 1)
+    return space.reward_by(incremental(space.settings))
 
 
 def incremental(settings: CertifierSettings) -> CertifierSettings:
@@ -112,14 +115,16 @@ def absolute_bits(action: float) -> int:
     return int(np.clip(round(action * (MAX_BITS - MIN_BITS + 1) + MIN_BITS - 0.5), MIN_BITS, MAX_BITS))
 
 
-def cut_to_budget(chosen: BitWidthMap, base) -> BitWidthMap:
-    """Sweep from the last layer to the first, taking an activation bit and then a weight bit from each, until the map fits."""
-    chosen = dict(chosen)
+def cut_to_budget(chosen: BitWidthMap, space: SearchSpace) -> BitWidthMap:
+    """Sweep from the last layer to the first, taking an activation bit and then a weight bit from each, until the map fits.
+
+    Bits that the budget does not charge for stay.
+    """
+    chosen, budget = dict(chosen), space.default_budget
     while True:
-        for layer in reversed(base.free_layers):
-            for kind in ("activation", "weight"):
-                bit_widths = complete(chosen, base.layers, base.end_bits)
-                if bops(bit_widths, base.layers) <= base.default_budget.limit:
+        for layer in reversed(space.free_layers):
+            for kind in (kind for kind in ("activation", "weight") if kind in budget.priced):
+                if budget.within(bit_widths := space.complete(chosen)):
                     return bit_widths
                 bits = chosen[layer.name]
                 chosen[layer.name] = bits._replace(**{kind: max(getattr(bits, kind) - 1, MIN_BITS)})
@@ -128,11 +133,20 @@ def cut_to_budget(chosen: BitWidthMap, base) -> BitWidthMap:
 class EpisodeRewardBuffer(ReplayBuffer):
     """Gives every transition of an episode the reward of its end, less a moving baseline, as HAQ does."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._first, self._baseline = 0, None
+        self._first = 0
+        self._baseline: torch.Tensor | None = None
 
-    def add(self, obs, next_obs, action, reward, done, infos):
+    def add(
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
         """Store a transition; the last of an episode sets the reward of all."""
         position = self.pos
         super().add(obs, next_obs, action, reward, done, infos)
@@ -141,7 +155,7 @@ class EpisodeRewardBuffer(ReplayBuffer):
             self.rewards[(self._first + np.arange(length)) % self.buffer_size] = reward
             self._first = self.pos
 
-    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None):
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         samples = super()._get_samples(batch_inds, env)
         mean = samples.rewards.mean()
         self._baseline = mean if self._baseline is None else self._baseline + BASELINE_RATE * (mean - self._baseline)
@@ -151,14 +165,18 @@ class EpisodeRewardBuffer(ReplayBuffer):
 class HaqDdpg(DDPG):
     """DDPG with a rate of its own for actor and critic, and noise from a normal distribution cut at the actions' bounds."""
 
-    def _update_learning_rate(self, optimizers):
+    def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
+        assert isinstance(optimizers, list)  # of DDPG
         for optimizer, rate in zip(optimizers, (ACTOR_RATE, CRITIC_RATE), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def _sample_action(self, learning_starts, action_noise=None, n_envs=1):
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self.num_timesteps < learning_starts:
             return super()._sample_action(learning_starts, None, n_envs)
+        assert isinstance(self._last_obs, np.ndarray) and self.env is not None  # while it learns
         mean, _ = self.predict(self._last_obs, deterministic=True)
         episodes = self.num_timesteps // self.env.get_attr("horizon")[0] - WARM_UP_EPISODES
         spread = 2 * NOISE * NOISE_DECAY**episodes  # HAQ's actions are half as wide as these
@@ -195,7 +213,8 @@ CONSTANTS = {
 }
 
 
-def build_haq_agent(env: gymnasium.Env, *, seed: int, device: str) -> HaqDdpg:
-    """HAQ's agent for a :class:`HaqEnv`."""
-    settings = haq_hyperparameters(env.get_wrapper_attr("horizon"))
-    return HaqDdpg("MlpPolicy", env, replay_buffer_class=EpisodeRewardBuffer, seed=seed, device=device, **settings)
+def build_haq_agent(space: SearchSpace, *, seed: int, device: str) -> HaqDdpg:
+    """HAQ's agent in its own decision process, :class:`HaqEnv`."""
+    env = HaqEnv(space)
+    settings = haq_hyperparameters(env.horizon)
+    return HaqDdpg("MlpPolicy", Monitor(env), replay_buffer_class=EpisodeRewardBuffer, seed=seed, device=device, **settings)

@@ -21,17 +21,20 @@ so that it can be measured:
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, product
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete
-from arq_env.env import REWARD_SCALE
-from arq_env.sensitivity import MEASURED, places
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
+from arq_env.env import REWARD_SCALE, arq_env_of
+from arq_env.search_space import SearchSpace
+from arq_env.sensitivity import MEASURED, Place, places
 
-from .baselines import Proposals, affordable, greedy, integer_program
+from .baselines import Proposals, greedy, integer_program
 from .haq import incremental_reward
 from .methods import CHANGES, INFORMED, WITH_SENSITIVITIES, split_method
 from .recorder import Recorder
@@ -48,7 +51,7 @@ def uses_sensitivities(method: str) -> bool:
     return name in WITH_SENSITIVITIES or not {*levers}.isdisjoint(INFORMED)
 
 
-class RowPerLayer(gymnasium.ObservationWrapper):
+class RowPerLayer(gymnasium.ObservationWrapper[np.ndarray, np.ndarray, np.ndarray]):
     """Adds to the observation the numbers that belong to the layer at hand.
 
     :param env: an :class:`arq_env.env.ArqEnv`, wrapped or not
@@ -57,15 +60,16 @@ class RowPerLayer(gymnasium.ObservationWrapper):
 
     def __init__(self, env: gymnasium.Env, rows: np.ndarray):
         super().__init__(env)
+        self._space: SearchSpace = arq_env_of(env)
         self._rows = rows.astype(np.float32)
-        self.observation_space = spaces.Box(0, 1, (env.observation_space.shape[0] + rows.shape[1],), np.float32)
+        self.observation_space = spaces.Box(0, 1, (spaces.flatdim(env.observation_space) + rows.shape[1],), np.float32)
 
-    def observation(self, observation):
+    def observation(self, observation: np.ndarray) -> np.ndarray:
         """The environment's row and the layer's; after the last step that of the last layer."""
-        return np.concatenate([observation, self._rows[min(self.unwrapped.step_count, len(self._rows) - 1)]])
+        return np.concatenate([observation, self._rows[min(self._space.step_count, len(self._rows) - 1)]])
 
 
-class IncrementalReward(gymnasium.Wrapper):
+class IncrementalReward(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray]):
     """Replaces an episode's reward by :func:`arq_agents.haq.incremental_reward`'s; ``info["reward"]`` stays the environment's own.
 
     As in the published search's reconstruction each map is thus evaluated twice, and a resumed search certifies it again.
@@ -75,9 +79,9 @@ class IncrementalReward(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
-        self._reward = incremental_reward(self.unwrapped)
+        self._reward = incremental_reward(arq_env_of(env))
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         """As the environment does; the last reward is the certified one."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, self._reward(info["bit_widths"]) if terminated else reward, terminated, truncated, info
@@ -85,13 +89,14 @@ class IncrementalReward(gymnasium.Wrapper):
 
 def seen_with(levers: tuple[str, ...], env: gymnasium.Env) -> gymnasium.Env:
     """The environment as an agent with these levers sees it."""
+    space: SearchSpace = arq_env_of(env)
     if "incremental" in levers:
         env = IncrementalReward(env)
     if "unscaled" in levers:
-        env = gymnasium.wrappers.TransformReward(env, lambda reward: reward / REWARD_SCALE)
+        env = gymnasium.wrappers.TransformReward(env, lambda reward: float(reward) / REWARD_SCALE)
     if "onehot" in levers:
-        env = RowPerLayer(env, np.eye(env.unwrapped.horizon))
-    return RowPerLayer(env, effects_by_layer(env.unwrapped)) if "features" in levers else env
+        env = RowPerLayer(env, np.eye(space.horizon))
+    return RowPerLayer(env, effects_by_layer(space)) if "features" in levers else env
 
 
 def changes(levers: tuple[str, ...]) -> dict:
@@ -99,34 +104,34 @@ def changes(levers: tuple[str, ...]) -> dict:
     return {key: value for lever in levers for key, value in CHANGES.get(lever, {}).items()}
 
 
-def effects_by_layer(env) -> np.ndarray:
+def effects_by_layer(space: SearchSpace) -> np.ndarray:
     """The effects of 2, 3 and 4 bits on each free layer's weights, and of as many on what it reads.
 
     :return: [free layers, 6] in [0, 1], on one logarithmic scale
     """
-    effects, unpriced = env.evaluator.sensitivities, [0.0] * len(MEASURED)  # an earlier layer decides what this one reads
-    pairs = [[(layer.name, kind) for kind in Bits._fields] for layer in env.free_layers]
+    effects, unpriced = space.sensitivities, [0.0] * len(MEASURED)  # an earlier layer decides what this one reads
+    pairs = [[(layer.name, kind) for kind in Bits._fields] for layer in space.free_layers]
     table = np.array([[e for place in pair for e in effects.get(place, unpriced)[: len(MEASURED)]] for pair in pairs])
     scale = np.log(np.maximum(table, LEAST_EFFECT) / LEAST_EFFECT)
     return scale / max(scale.max(), 1e-12)
 
 
-def demonstrations(env) -> Iterator[tuple[float, BitWidthMap]]:
-    """The environment's budget and a map within it: those of the integer program, and greedy's."""
-    maps = chain(integer_program(env, None), greedy(env, None))
-    return ((env.default_budget.fraction, bit_widths) for bit_widths in maps)
+def demonstrations(space: SearchSpace) -> Iterator[tuple[Any, BitWidthMap]]:
+    """The value of the environment's budget and a map within it: those of the integer program, and greedy's."""
+    maps = chain(integer_program(space), greedy(space))
+    return ((space.default_budget.value, bit_widths) for bit_widths in maps)
 
 
-def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tuple[float, BitWidthMap]]) -> None:
+def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tuple[Any, BitWidthMap]]) -> None:
     """Play maps, as near as actions reach, into an agent's replay buffer.
 
-    :param maps: each with the budget of its episode, as a fraction of FP32's bit operations
+    :param maps: each with the budget of its episode, as :meth:`arq_env.env.ArqEnv.reset` takes it
     """
+    assert isinstance(agent.env, DummyVecEnv) and agent.replay_buffer is not None  # as SB3 makes them for one environment
     (env,) = agent.env.envs
-    base = env.unwrapped
     for budget, bit_widths in maps:
         observation, _ = env.reset(options={"budget": budget})
-        for action in base.encode(bit_widths):
+        for action in arq_env_of(env).encode(bit_widths):
             following, reward, terminated, _, info = env.step(action)
             agent.replay_buffer.add(observation, following, action, np.array([reward]), np.array([terminated]), [{}])
             observation = following
@@ -134,7 +139,7 @@ def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tu
         recorder.logger.dump()
 
 
-def exchange(env, known: dict[tuple, float]) -> Proposals:
+def exchange(space: SearchSpace, known: dict[tuple[tuple[str, Bits], ...], float]) -> Proposals:
     """Neighbours of the best map so far: a bit less in one place, a bit more in another, or one of the two.
 
     Of those within the budget and not met before, always the one whose sensitivities add up to least. Local search with the
@@ -142,24 +147,24 @@ def exchange(env, known: dict[tuple, float]) -> Proposals:
 
     :param known: maps (as tuples of items) and their rewards; what the generator is sent is added
     """
-    decided = (None, *places(env.layers))
+    decided, within = (None, *places(space.layers)), space.default_budget.within
     while True:
-        best = dict(max(known, key=known.get))
+        best = dict(max(known.items(), key=lambda item: item[1])[0])
         moves = product(decided, decided)
-        near = (_moved(env, best, down, up) for down, up in moves if down != up)
-        fresh = [found for found in near if found and tuple(found.items()) not in known and affordable(env, found)]
+        near = (_moved(space, best, down, up) for down, up in moves if down != up)
+        fresh = [found for found in near if found and tuple(found.items()) not in known and within(found)]
         if not fresh:
             return
-        bit_widths = min(fresh, key=lambda found: _total_effect(env, found))
+        bit_widths = min(fresh, key=lambda found: _total_effect(space, found))
         known[tuple(bit_widths.items())] = yield bit_widths
 
 
-def _moved(env, bit_widths: BitWidthMap, down, up) -> BitWidthMap | None:
+def _moved(space: SearchSpace, bit_widths: BitWidthMap, down: Place | None, up: Place | None) -> BitWidthMap | None:
     """A map with a bit less in one place and a bit more in another; None where a place has no such bits.
 
     :param down, up: the places, or None
     """
-    chosen = {layer.name: bit_widths[layer.name] for layer in env.free_layers}
+    chosen = {layer.name: bit_widths[layer.name] for layer in space.free_layers}
     for place, change in ((down, -1), (up, 1)):
         if place is not None:
             name, kind = place
@@ -167,9 +172,9 @@ def _moved(env, bit_widths: BitWidthMap, down, up) -> BitWidthMap | None:
             if not MIN_BITS <= bits <= MAX_BITS:
                 return None
             chosen[name] = chosen[name]._replace(**{kind: bits})
-    return complete(chosen, env.layers, env.end_bits)
+    return space.complete(chosen)
 
 
-def _total_effect(env, bit_widths: BitWidthMap) -> float:
-    effects = env.evaluator.sensitivities.items()
+def _total_effect(space: SearchSpace, bit_widths: BitWidthMap) -> float:
+    effects = space.sensitivities.items()
     return sum(effect[getattr(bit_widths[name], kind) - MIN_BITS] for (name, kind), effect in effects)

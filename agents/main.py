@@ -1,5 +1,6 @@
 """The command behind the scripts that run one search: search, export the best map, certify it beside FP32 and uniform 4 bits."""
 
+import argparse
 from functools import partial
 from pathlib import Path
 
@@ -9,18 +10,20 @@ from tqdm import tqdm
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
 from arq_env.comparison import compare_maps
+from arq_env.env import ArqEnv, arq_env_of
 from arq_env.registration import ENVIRONMENTS
 from arq_env.support.files import write_json
 from arq_env.support.report import comparison_table, layer_table
 from arq_env.support.settings import TestSettings
 
 from .search import search
+from .trace import Episode
 
 #: The uniform network that every found map is compared with.
 UNIFORM_BITS = 4
 
 
-def main(options) -> None:
+def main(options: argparse.Namespace) -> None:
     """Run the search that a command line asks for.
 
     :param options: of :func:`arq_agents.command_line.search_options`
@@ -43,14 +46,14 @@ def main(options) -> None:
         seed=options.seed,
         config={"env": options.env},
     )
-    base = env.unwrapped
+    base = arq_env_of(env)
     print(f"\nexported: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
     print(layer_table(base.layers, best.bit_widths))
     if options.test_images:
         _certify(base, best, folder, options)
 
 
-def make_env(options):
+def make_env(options: argparse.Namespace) -> gymnasium.Env:
     """The environment that a command line asks for.
 
     :param options: with ``env, budget, sigma, training, device, regained_bits``
@@ -64,7 +67,7 @@ def make_env(options):
         raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
 
 
-def _certify(env, best, folder: Path, options) -> None:
+def _certify(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
     """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
     every = -(-len(env.problem.dataset.test.images) // options.test_images)
     maps = {

@@ -14,7 +14,7 @@ WITH_OPTUNA = ("evolution", "parzen")
 WITH_SENSITIVITIES = ("greedy", "integer_program")
 
 #: What :func:`arq_agents.algorithms.build_agent` is told to do otherwise.
-CHANGES = {
+CHANGES: dict[str, dict[str, float]] = {
     "demonstrations": {"warm_up": 0},
     "onestep": {"n_steps": 1},
     "onegradient": {"gradient_steps": 1},

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ PICTURE_EVERY = 10
 
 
 @contextlib.contextmanager
-def _writing(path: Path):
+def _writing(path: Path) -> Iterator[None]:
     """Turn what the block raises where nothing can be written into one sentence.
 
     :raises ArqError: for any OSError
@@ -54,7 +55,7 @@ class EpisodeLogger(Logger):
             raise
         super().__init__(str(folder), [self._tensorboard])
 
-    def _in_a_thread(self, failed) -> None:
+    def _in_a_thread(self, failed: threading.ExceptHookArgs) -> None:
         """No traceback of TensorBoard's thread for what its next call raises here."""
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard.")):
             self._hook(failed)
@@ -111,7 +112,9 @@ class Recorder:
     :raises ArqError: when another process records into the folder, or has done so since ``known`` was read
     """
 
-    def __init__(self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: list[Episode] = (), *, progress: bool = True):
+    def __init__(
+        self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: Iterable[Episode] = (), *, progress: bool = True
+    ):
         self.path, self.layers, self.episodes, self.known = folder / "trace.jsonl", layers, episodes, list(known)
         self.done: list[Episode] = []
         with contextlib.ExitStack() as opened:
@@ -122,7 +125,7 @@ class Recorder:
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # replaying writes the same curves again
             self.logger = EpisodeLogger(folder / "tensorboard", self.done)
             self._opened = opened.pop_all()
-        self._maps = set()
+        self._maps: set[tuple] = set()
         self._start, self._before = time.perf_counter(), self.known[-1].seconds if self.known else 0.0
         self._bar = tqdm(total=episodes, unit="episode", disable=not progress)
 
@@ -176,7 +179,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._opened:  # whatever happens, the lock is released
             self._bar.close()
             with contextlib.suppress(ArqError) if kind else contextlib.nullcontext():  # what happened first is told

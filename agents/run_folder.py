@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from arq_env.bitwidths import BitWidthMap, save_map
+from arq_env.budget import BudgetSpec
+from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, Evaluator
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json, write_json, writing
@@ -17,13 +19,13 @@ from .methods import split_method
 from .trace import Episode, read_trace
 
 
-def export_map(folder: Path, env, bit_widths: BitWidthMap, budget: float, metrics: dict) -> None:
+def export_map(folder: Path, env: ArqEnv, bit_widths: BitWidthMap, budget: BudgetSpec, metrics: dict) -> None:
     """Write a map as ``bit_widths.json``, with the network, the noise and the certifier it was found for."""
-    problem = env.get_wrapper_attr("problem")
+    problem = env.problem
     save_map(
         folder / "bit_widths.json",
         bit_widths,
-        env.get_wrapper_attr("layers"),
+        env.layers,
         network=problem.card.get("network"),
         dataset=problem.card.get("dataset"),
         sigma=problem.sigma,
@@ -33,7 +35,7 @@ def export_map(folder: Path, env, bit_widths: BitWidthMap, budget: float, metric
         | {
             "checkpoint": problem.card.get("digest"),
             "training": problem.card.get("training"),
-            "certifier": dataclasses.asdict(env.get_wrapper_attr("evaluator").settings),
+            "certifier": dataclasses.asdict(env.settings),
         },
     )
 
@@ -56,7 +58,7 @@ def evaluation_identity(evaluator: Evaluator) -> dict:
     }
 
 
-def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, config: dict) -> list[Episode]:
+def open_folder(folder: Path, algorithm: str, env: ArqEnv, episodes: int, seed: int, config: dict) -> list[Episode]:
     """Write ``config.json``, or check that it is the one already there; return the episodes of the trace.
 
     :raises ArqError: when no episode is asked for, fewer than there are, or the folder holds something else
@@ -66,17 +68,17 @@ def open_folder(folder: Path, algorithm: str, env, episodes: int, seed: int, con
     settings = {}
     name, levers = split_method(algorithm)
     if name in ALGORITHMS:
-        settings = hyperparameters(name, env.get_wrapper_attr("horizon"), **changes(levers))
+        settings = hyperparameters(name, env.horizon, **changes(levers))
         settings["action_noise"] = vars(settings["action_noise"]) if "action_noise" in settings else None
     elif name == "arq":
-        settings = haq_hyperparameters(2 * env.get_wrapper_attr("horizon")) | CONSTANTS
+        settings = haq_hyperparameters(2 * env.horizon) | CONSTANTS
     config = config | {
         "algorithm": algorithm,
         "seed": seed,
-        "budget": env.get_wrapper_attr("default_budget").fraction,
-        "end_bits": env.get_wrapper_attr("end_bits"),
+        "budget": env.default_budget.spec,
+        "end_bits": env.end_bits,
         "hyperparameters": settings,
-        **evaluation_identity(env.get_wrapper_attr("evaluator")),
+        **evaluation_identity(env.evaluator),
     }
     if "exchange" in levers:
         config["episodes"] = episodes  # they decide where it begins, so such a search cannot be made longer

@@ -5,15 +5,18 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from tqdm import tqdm
 
 from arq_env.bitwidths import BitWidthMap
-from arq_env.env import REWARD_SCALE
+from arq_env.env import REWARD_SCALE, ArqEnv, arq_env_of
 from arq_env.evaluation import Evaluator
 from arq_env.finishing import finish_briefly
+from arq_env.search_space import SearchSpace
 from arq_env.support.errors import ArqError
 from arq_env.support.files import atomic_file, read_json
 from arq_env.support.settings import CONFIRMING_STEPS
@@ -33,7 +36,7 @@ CANDIDATES = 5
 
 def search(
     algorithm: str,
-    env,
+    env: gymnasium.Env,
     *,
     episodes: int,
     folder: Path,
@@ -66,25 +69,25 @@ def search(
             f"{episodes} episodes leave none to learn from: exchange keeps {EXCHANGES} and warm-up takes {WARM_UP_EPISODES}, "
             "so ask for more, or leave exchange out"
         )
-    folder = Path(folder)
-    known = open_folder(folder, algorithm, env, episodes, seed, config or {})
+    folder, base = Path(folder), arq_env_of(env)
+    known = open_folder(folder, algorithm, base, episodes, seed, config or {})
     if (exported := _exported(folder, episodes)) is not None and exported <= len(known):
         return known[exported - 1]
-    with start(folder, env, episodes, known, progress=progress) as recorder:
+    with start(folder, base, episodes, known, progress=progress) as recorder:
         until = max(episodes - EXCHANGES, 1) if "exchange" in levers else episodes
         if name in AGENTS:
-            shown = demonstrations(env.unwrapped) if "demonstrations" in levers else ()
+            shown = demonstrations(base) if "demonstrations" in levers else ()
             learn(name, env, recorder, folder, seed, device, levers=levers, shown=shown, until=until)
         else:
-            _propose(BASELINES[name](env.unwrapped, np.random.default_rng(seed)), env.unwrapped, recorder, until)
+            _propose(BASELINES[name](base, np.random.default_rng(seed)), base, recorder, until)
         if "exchange" in levers:
-            known = {tuple(episode.bit_widths.items()): episode.reward for episode in recorder.done}
-            _propose(exchange(env.unwrapped, known), env.unwrapped, recorder, episodes)
-        best, confirmed = confirm(recorder.done, env.get_wrapper_attr("evaluator"), confirming_steps, progress=progress)
+            rewards = {tuple(episode.bit_widths.items()): episode.reward for episode in recorder.done}
+            _propose(exchange(base, rewards), base, recorder, episodes)
+        best, confirmed = confirm(recorder.done, base.evaluator, confirming_steps, progress=progress)
         recorder.exported(best)
     told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
     metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
-    export_map(folder, env, best.bit_widths, env.get_wrapper_attr("default_budget").fraction, metrics)
+    export_map(folder, base, best.bit_widths, base.default_budget.spec, metrics)
     return best
 
 
@@ -98,25 +101,24 @@ def _exported(folder: Path, episodes: int) -> int | None:
     return exported if ended and type(exported) is int and 1 <= exported <= episodes else None
 
 
-def start(folder: Path, env, episodes: int, known: list[Episode], *, progress: bool) -> Recorder:
+def start(folder: Path, env: ArqEnv, episodes: int, known: list[Episode], *, progress: bool) -> Recorder:
     """Recall what is known, certify the FP32 network, and open the record of a search."""
-    evaluator = env.get_wrapper_attr("evaluator")
     for episode in known:
-        evaluator.remember(episode.bit_widths, episode.evaluation)
-    _ = evaluator.reference  # certified before the bar starts, so that errors and warnings come first
-    return Recorder(folder, env.get_wrapper_attr("layers"), episodes, known, progress=progress)
+        env.evaluator.remember(episode.bit_widths, episode.evaluation)
+    _ = env.evaluator.reference  # certified before the bar starts, so that errors and warnings come first
+    return Recorder(folder, env.layers, episodes, known, progress=progress)
 
 
 def learn(
     name: str,
-    env,
+    env: gymnasium.Env,
     recorder: Recorder,
     folder: Path,
     seed: int,
     device: str,
     *,
     levers: tuple[str, ...],
-    shown: Iterable[tuple[float, BitWidthMap]],
+    shown: Iterable[tuple[Any, BitWidthMap]],
     until: int,
 ) -> OffPolicyAlgorithm:
     """Train an agent until the recorder has so many episodes; leave it in ``agent.zip``.
@@ -127,25 +129,27 @@ def learn(
     agent = build_agent(name, env, seed=seed, device=device, **changes(levers))
     agent.set_logger(recorder.logger)
     demonstrate(agent, recorder, islice(shown, until - len(recorder.done)))
+    assert agent.env is not None  # it was built with one
+    (horizon,) = agent.env.get_attr("horizon")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You specified a buffer size")
-        steps = (until - len(recorder.done)) * agent.env.get_attr("horizon")[0]
-        agent.num_timesteps = len(recorder.done) * agent.env.get_attr("horizon")[0]  # demonstrations are steps, too
+        steps = (until - len(recorder.done)) * horizon
+        agent.num_timesteps = len(recorder.done) * horizon  # demonstrations are steps, too
         agent.learn(steps, callback=RecordEpisodes(recorder), log_interval=1, reset_num_timesteps=False)
     with atomic_file(folder / "agent.zip") as file:
         agent.save(file)
     return agent
 
 
-def _propose(proposals: Proposals, env, recorder: Recorder, until: int) -> None:
+def _propose(proposals: Proposals, space: SearchSpace, recorder: Recorder, until: int) -> None:
     """Give a baseline the reward of each map that it proposes, until it or the recorder has had enough."""
-    reward = None
+    reward: float | None = None
     while len(recorder.done) < until:
         try:
-            bit_widths = proposals.send(reward)
+            bit_widths = next(proposals) if reward is None else proposals.send(reward)
         except StopIteration:
             break
-        reward = recorder.add(env.judge(bit_widths)).reward
+        reward = recorder.add(space.judge(bit_widths)).reward
         recorder.logger.dump()
 
 

@@ -102,7 +102,8 @@ def _episode(entries: dict) -> Episode:
             raise ValueError(f"layer {name!r} has bits {bits!r}")
         bit_widths[name] = Bits(*bits)
     for field in fields(Episode):
-        value, types = entries.get(field.name), (int,) if field.type is int else (int, float)
-        if field.name in entries and (type(value) not in types or not math.isfinite(value)):
-            raise ValueError(f"{field.name} is {value!r}")
+        if field.name in entries:
+            value, types = entries[field.name], (int,) if field.type is int else (int, float)
+            if type(value) not in types or not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value!r}")
     return Episode(bit_widths=bit_widths, **entries)

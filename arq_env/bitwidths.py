@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from arq_env.layers import Layer, kept_macs, total_macs
 from arq_env.support.errors import ArqError, reason
@@ -37,7 +37,7 @@ def complete(chosen: BitWidthMap, layers: tuple[Layer, ...], end_bits: int = END
 
     A layer that reads the same tensor as an earlier one gets that one's activation bits.
     """
-    bit_widths = {}
+    bit_widths: BitWidthMap = {}
     for layer in layers:
         bits = chosen.get(layer.name, Bits(end_bits, end_bits))
         bit_widths[layer.name] = bits if layer.tied_to is None else bits._replace(activation=bit_widths[layer.tied_to].activation)
@@ -93,7 +93,7 @@ def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:
             raise ArqError(f"layers {layer.tied_to!r} and {layer.name!r} read the same tensor: give both the same activation bits")
 
 
-def save_map(path: Path, bit_widths: BitWidthMap, layers: tuple[Layer, ...], **header) -> None:
+def save_map(path: Path, bit_widths: BitWidthMap, layers: tuple[Layer, ...], **header: Any) -> None:
     """Write ``bit_widths.json``.
 
     :param header: ``network, dataset, sigma, budget, metrics, provenance``, as the format's readers expect them
@@ -148,6 +148,6 @@ def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
                     "for another network or other images"
                 )
     budget = document.get("budget")
-    if budget is not None and (type(budget) not in (int, float) or not 0 < budget <= 1):
-        raise ArqError(f"{path} has budget {budget!r}: give a fraction of FP32's bit operations in (0, 1]")
+    if not (budget is None or isinstance(budget, dict) or type(budget) in (int, float) and 0 < budget <= 1):
+        raise ArqError(f"{path} has budget {budget!r}: give a fraction of FP32's bit operations in (0, 1], or limits by kind")
     return {layer.name: bit_widths[layer.name] for layer in layers}, document

@@ -3,18 +3,20 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
-from arq_env.budget import BopsBudget
+from arq_env.budget import Budget, BudgetSpec, make_budget
 from arq_env.certification.inputs import whole
 from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
+from arq_env.sensitivity import Sensitivities
 from arq_env.support.errors import ArqError
 from arq_env.support.render import render_ansi, render_rgb
 
@@ -27,7 +29,7 @@ REWARD_SCALE = 10.0
 LONGEST_NAME = 64
 
 
-class ArqEnv(gymnasium.Env):
+class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     """Choose the bit-widths of a network, layer by layer, so that its certified robustness survives.
 
     ## Description
@@ -105,7 +107,7 @@ class ArqEnv(gymnasium.Env):
         self,
         problem: Problem,
         *,
-        budget: float = 1 / 64,
+        budget: BudgetSpec = 1 / 64,
         end_bits: int = END_BITS,
         settings: CertifierSettings = CertifierSettings(),
         render_mode: str | None = None,
@@ -118,7 +120,7 @@ class ArqEnv(gymnasium.Env):
         self.layers = problem.layers
         self.free_layers = free_layers(self.layers)
         self.end_bits = end_bits
-        self.default_budget = BopsBudget(self.layers, budget, end_bits)
+        self.default_budget = make_budget(budget, problem, end_bits)
         self._static = static_features(self.free_layers)
         self.observation_space = spaces.Box(0, 1, (len(FEATURES),), np.float32)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
@@ -134,20 +136,20 @@ class ArqEnv(gymnasium.Env):
         """Steps of this episode so far."""
         return len(self._chosen)
 
-    def _start(self, budget: BopsBudget) -> None:
+    def _start(self, budget: Budget) -> None:
         self.budget = budget
         self._chosen: dict[str, Bits] = {}
         fixed = self.layers[0] is not self.free_layers[0]  # else nothing comes before, and images have 8 bits
         self._previous = Bits(self.end_bits, self.end_bits) if fixed else Bits(MAX_BITS, MAX_BITS)
 
-    def reset(self, *, seed=None, options=None):
-        """Start an episode; ``options={"budget": f}`` sets its budget as a fraction of FP32's BOPs."""
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode; ``options={"budget": f}`` sets its budget, in what the environment's is measured in."""
         super().reset(seed=seed)
         budget = budget_option(options)
-        self._start(self.default_budget if budget is None else BopsBudget(self.layers, budget, self.end_bits))
+        self._start(self.default_budget if budget is None else self.default_budget.at(budget))
         return self._observe(), {}
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Give the current layer its bits; the last step quantizes and certifies."""
         step = self.step_count
         if step == self.horizon:
@@ -156,29 +158,34 @@ class ArqEnv(gymnasium.Env):
         self._chosen[layer.name] = self._previous = next_bits(action, self.budget, self._chosen)
         if step + 1 < self.horizon:
             return self._observe(), 0.0, False, False, {}
-        info = self.judge(complete(self._chosen, self.layers, self.end_bits))
+        info = self.judge(self.complete(self._chosen))
         return self._observe(), info["reward"], True, False, info
 
-    def decode(self, actions) -> BitWidthMap:
+    def complete(self, chosen: BitWidthMap) -> BitWidthMap:
+        """The map of these bits for the free layers, as :func:`arq_env.bitwidths.complete` makes it."""
+        return complete(chosen, self.layers, self.end_bits)
+
+    def decode(self, actions: np.ndarray | Sequence) -> BitWidthMap:
         """The map that an episode of these actions ends with, at the environment's own budget: for searches that plan it whole.
 
         :param actions: [free layers, 2], each as for :meth:`step`
         """
-        budget, chosen = self.default_budget, {}
+        chosen: BitWidthMap = {}
         if len(actions) != self.horizon:
             raise ArqError(f"{len(actions)} actions were given: give one for each of the {self.horizon} free layers")
         for layer, action in zip(self.free_layers, actions, strict=True):
-            chosen[layer.name] = next_bits(action, budget, chosen)
-        return complete(chosen, self.layers, self.end_bits)
+            chosen[layer.name] = next_bits(action, self.default_budget, chosen)
+        return self.complete(chosen)
 
     def encode(self, bit_widths: BitWidthMap) -> np.ndarray:
         """The actions of an episode at the present budget that ends with a map, or near it where they reach no further.
 
         :return: float32 [free layers, 2], each as for :meth:`step`
         """
-        chosen, actions = {}, []
+        chosen: BitWidthMap = {}
+        actions: list[np.ndarray] = []
         for layer in self.free_layers:
-            action = (np.array(bit_widths[layer.name]) - even_bits(self.budget, chosen)) / REACH
+            action = (np.array(bit_widths[layer.name]) - self.budget.even_bits(chosen)) / REACH
             actions.append(np.clip(action, -1, 1).astype(np.float32))
             chosen[layer.name] = next_bits(actions[-1], self.budget, chosen)
         return np.stack(actions)
@@ -200,25 +207,41 @@ class ArqEnv(gymnasium.Env):
             "certified_accuracy": evaluation.certified_accuracy,
             "reference_acr": reference.acr,
             "evaluation_seconds": evaluation.seconds,
+            **{part.name: part.amount(bit_widths) for part in self.default_budget.parts if part.name != "bops"},
         }
+
+    @property
+    def sensitivities(self) -> Sensitivities:
+        """What few bits cost in each place, see :attr:`arq_env.evaluation.Evaluator.sensitivities`."""
+        return self.evaluator.sensitivities
+
+    @property
+    def settings(self) -> CertifierSettings:
+        """Of the reward certifier."""
+        return self.evaluator.settings
+
+    def reward_by(self, settings: CertifierSettings) -> Callable[[BitWidthMap], float]:
+        """The reward as another certifier measures it, with the same calibration: a function of the map, which judges each once."""
+        evaluator = Evaluator(self.problem, settings, quantizer=self.evaluator.quantizer)
+        return lambda bit_widths: REWARD_SCALE * (evaluator.evaluate(bit_widths).acr / evaluator.reference.acr - 1)
 
     def _observe(self) -> np.ndarray:
         return observe(self._static, self.budget, self._chosen, self._previous)
 
-    def render(self):
+    def render(self) -> Any:
         """The bits chosen so far: text (``ansi``) or a bar chart as uint8 [h, w, 3] (``rgb_array``)."""
         free = {layer.name for layer in self.free_layers}
         ends = {layer.name: Bits(self.end_bits, self.end_bits) for layer in self.layers if layer.name not in free}
         if self.render_mode == "ansi":
             return render_ansi(self.layers, ends | self._chosen)
         if self.render_mode == "rgb_array":
-            title = f"layer {self.step_count} of {self.horizon}, budget {self.budget.fraction:.3%} of FP32's bit operations"
+            title = f"layer {self.step_count} of {self.horizon}, budget {self.budget}"
             return render_rgb(self.layers, ends | self._chosen, title)
         gymnasium.logger.warn("render() was called without a render_mode: pass one to gym.make")
         return None
 
 
-def next_bits(action, budget: BopsBudget, chosen: BitWidthMap) -> Bits:
+def next_bits(action: Any, budget: Budget, chosen: BitWidthMap) -> Bits:
     """What an action means for the next layer: bits relative to an even share of what is left, made to fit.
 
     :param action: two numbers in [-1, 1], for weight and activation; what is outside is clipped
@@ -230,13 +253,11 @@ def next_bits(action, budget: BopsBudget, chosen: BitWidthMap) -> Bits:
         raise ArqError(f"the action cannot be read ({error}): give two finite numbers in [-1, 1]") from error
     if pair.shape != (2,) or pair.dtype.kind not in "iuf" or not np.isfinite(pair).all():
         raise ArqError(f"the action is {action!r}: give two finite numbers in [-1, 1]")
-    weight, activation = pair.tolist()
-    share = even_bits(budget, chosen)
-    bits = (math.floor(share + REACH * min(max(a, -1.0), 1.0) + 0.5) for a in (weight, activation))
-    return budget.fit(Bits(*bits), chosen)
+    shares = zip(budget.even_bits(chosen), pair.tolist(), strict=True)
+    return budget.fit(Bits(*(math.floor(even + REACH * min(max(a, -1.0), 1.0) + 0.5) for even, a in shares)), chosen)
 
 
-def budget_option(options) -> float | None:
+def budget_option(options: Any) -> Any:
     """The budget that ``reset(options=)`` asks for, unchecked; None where it asks for none.
 
     :raises ArqError: for another option, or when ``options`` is no dictionary
@@ -249,9 +270,14 @@ def budget_option(options) -> float | None:
     return (options or {}).get("budget")
 
 
-def even_bits(budget: BopsBudget, chosen: BitWidthMap) -> float:
-    """The bits that all remaining layers could have alike; at most 8, so that a large budget leaves a choice."""
-    return min(math.sqrt(budget.even_share(chosen)), MAX_BITS)
+def arq_env_of(env: gymnasium.Env) -> ArqEnv:
+    """The environment inside its wrappers.
+
+    :raises ArqError: when it is none of this package
+    """
+    if not isinstance(env.unwrapped, ArqEnv):
+        raise ArqError(f"the environment is {env.unwrapped}: give one of this package, wrapped or not")
+    return env.unwrapped
 
 
 def make_env(
@@ -259,11 +285,11 @@ def make_env(
     dataset: str,
     sigma: float = 0.5,
     training: str = "gaussian",
-    budget: float = 1 / 64,
+    budget: BudgetSpec = 1 / 64,
     end_bits: int = END_BITS,
     device: str = "cpu",
     render_mode: str | None = None,
-    **settings,
+    **settings: Any,
 ) -> gymnasium.Env:
     """What ``gym.make`` calls: the environment of a shipped checkpoint; every argument can be written as JSON.
 

@@ -48,10 +48,13 @@ class Evaluator:
 
     :param problem: network, data and sigma
     :param settings: of the reward certifier
+    :param quantizer: that of another evaluator on this problem, for the same calibration
     """
 
-    def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings()):
+    def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings(), *, quantizer: Quantizer | None = None):
         self.problem, self.settings = problem, settings
+        if quantizer is not None:
+            self.quantizer = quantizer
         self._known: dict[tuple, Evaluation] = {}
         self._reward = REWARDS[settings.reward_method](problem, settings)
 
@@ -129,6 +132,10 @@ class Evaluator:
     def remember(self, bit_widths: BitWidthMap, evaluation: Evaluation) -> None:
         """Take over an evaluation made earlier under the same settings, such as one from a trace."""
         self._known[tuple(bit_widths.items())] = evaluation
+
+    def remember_sensitivities(self, sensitivities: Sensitivities) -> None:
+        """Take over sensitivities measured earlier under the same settings."""
+        self.sensitivities = sensitivities
 
     def second_opinion(self) -> "Evaluator":
         """An evaluator on draws that this one never saw: images, noise and calibration images.

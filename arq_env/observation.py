@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap
-from arq_env.budget import BopsBudget
+from arq_env.budget import Budget
 from arq_env.layers import Layer
 
 STATIC = (
@@ -53,7 +53,7 @@ def scale_columns(table: np.ndarray) -> np.ndarray:
     return (table - low) / np.where(high > low, high - low, 1)
 
 
-def observe(static: np.ndarray, budget: BopsBudget, chosen: BitWidthMap, previous: Bits) -> np.ndarray:
+def observe(static: np.ndarray, budget: Budget, chosen: BitWidthMap, previous: Bits) -> np.ndarray:
     """The row for the next layer, of :data:`FEATURES`; after the last step, the last layer's with nothing left to do.
 
     The three budget features make the decision Markov under a budget: how much work is left, what an even share of
@@ -63,12 +63,15 @@ def observe(static: np.ndarray, budget: BopsBudget, chosen: BitWidthMap, previou
     over = step == len(static)
     row = np.empty(len(FEATURES), np.float32)
     row[: len(STATIC)] = static[step - over]
-    left = 0.0 if over else budget.even_share(chosen)
     row[len(STATIC) :] = (
-        budget.macs_from[step] / budget.macs_from[0],
-        min(math.sqrt(budget.even_share({})) / MAX_BITS, 1),
-        min(math.sqrt(left) / MAX_BITS, 1),
+        budget.share_from(step),
+        _even_share(budget, {}),
+        0.0 if over else _even_share(budget, chosen),
         previous.weight / MAX_BITS,
         previous.activation / MAX_BITS,
     )
     return row
+
+
+def _even_share(budget: Budget, chosen: BitWidthMap) -> float:
+    return math.sqrt(math.prod(budget.even_bits(chosen))) / MAX_BITS

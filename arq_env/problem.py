@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map
+from arq_env.bitwidths import MIN_BITS, BitWidthMap, bops_fraction, load_map
+from arq_env.budget import make_budget
 from arq_env.certification import network_digest
 from arq_env.datasets import Dataset, Split, load_dataset
 from arq_env.datasets.augment import add_noise, as_tensor, random_crop, to_float
@@ -44,7 +45,7 @@ class Problem:
     keep: tuple[str, ...] = ()
     card: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (np.isfinite(self.sigma) and self.sigma > 0):
             raise ArqError(f"sigma is {self.sigma}: give a positive standard deviation, in units of pixels in [0, 1]")
         if any(module.training for module in self.network.modules()):
@@ -92,7 +93,7 @@ class Problem:
         """SHA-256 of all images and labels."""
         return self.dataset.digest
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         """Without the data, which a copy in another process loads itself."""
         return {name: value for name, value in vars(self).items() if name != "dataset"}
 
@@ -181,7 +182,11 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         )
     bit_widths, document = load_map(path, problem.layers)
     fraction, budget = bops_fraction(bit_widths, problem.layers), document.get("budget")
-    if budget is not None and fraction > budget:
+    if isinstance(budget, dict):
+        limit = make_budget(budget, problem, MIN_BITS)
+        if not limit.within(bit_widths):
+            warnings.warn(f"the map in {path} costs more than its budget of {limit}", stacklevel=2)
+    elif budget is not None and fraction > budget:
         warnings.warn(
             f"the map in {path} costs {fraction:.4%} of FP32's bit operations, more than its budget of {budget:.4%}", stacklevel=2
         )

@@ -1,8 +1,10 @@
 """The table of environments: id to network and data set."""
 
+from typing import Any
+
 import gymnasium
 
-ENVIRONMENTS = {
+ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "ARQ-ResNet20-v0": {"network": "resnet20", "dataset": "cifar10"},
     "ARQ-ResNet20-Signs-v0": {"network": "resnet20", "dataset": "signs", "images": 768},
 }

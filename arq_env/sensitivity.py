@@ -14,8 +14,10 @@ MEASURED = (2, 3, 4)
 #: Noisy images that the predictions are compared on.
 IMAGES = 512
 
-#: (layer name, "weight" or "activation") to the effect of MIN_BITS, ..., MAX_BITS there.
-Sensitivities = dict[tuple[str, str], list[float]]
+#: What can get bits of its own: layer name, and "weight" or "activation".
+Place = tuple[str, str]
+#: Place to the effect of MIN_BITS, ..., MAX_BITS there.
+Sensitivities = dict[Place, list[float]]
 
 
 class Divergence:
@@ -49,7 +51,7 @@ def measure_sensitivities(divergence: Divergence) -> Sensitivities:
     """
     layers, untouched = divergence.layers, Bits(MAX_BITS, MAX_BITS)
     least = divergence(complete({}, layers, MAX_BITS))
-    table = {}
+    table: Sensitivities = {}
     for layer, kind in places(layers):
         chosen = ({layer: untouched._replace(**{kind: b})} for b in MEASURED)
         measured = [max(divergence(complete(one, layers, MAX_BITS)) - least, 0.0) for one in chosen]
@@ -59,7 +61,7 @@ def measure_sensitivities(divergence: Divergence) -> Sensitivities:
     return table
 
 
-def places(layers) -> list[tuple[str, str]]:
+def places(layers: tuple[Layer, ...]) -> list[Place]:
     """What can get bits of its own: each free layer's weights, and its activations where no earlier layer decides them."""
     return [(layer.name, kind) for layer in free_layers(layers) for kind in Bits._fields if kind == "weight" or not layer.tied_to]
 
@@ -70,5 +72,5 @@ def forward_passes(layers: tuple[Layer, ...], calibration_images: int) -> int:
 
 
 @torch.inference_mode()
-def _log_probabilities(network, images) -> torch.Tensor:
+def _log_probabilities(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([F.log_softmax(network(part), 1) for part in images.split(32)])

@@ -38,14 +38,14 @@ def test_budgets_are_drawn_evenly_on_a_log_scale():
     drawn = []
     for _ in range(300):
         env.reset()
-        drawn.append(env.unwrapped.budget.fraction)
+        drawn.append(env.unwrapped.budget.value)
     places = np.log(np.array(drawn) / LOW) / np.log(HIGH / LOW)
     assert places.min() > 0 and places.max() < 1
     assert np.histogram(places, 4, (0, 1))[0].min() > 50
     env.reset(seed=0)
-    assert env.reset() and env.unwrapped.budget.fraction == drawn[0]
+    assert env.reset() and env.unwrapped.budget.value == drawn[0]
     env.reset(options={"budget": 0.03})
-    assert env.unwrapped.budget.fraction == 0.03
+    assert env.unwrapped.budget.value == 0.03
 
 
 def test_the_reward_is_relative_to_uniform_bits():

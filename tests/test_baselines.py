@@ -1,6 +1,7 @@
 """Every search beside the agents: within the budget, reproducible, resumable, and as good as its definition says."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ WIDTHS = range(2, 9)
 
 
 def planned(tied: bool, fraction: float, seed: int):
-    """An environment in name only: five layers of unequal cost, made-up sensitivities."""
+    """A search space in name only: five layers of unequal cost, made-up sensitivities."""
     macs = (50, 400, 100, 300, 10)
     layers = tuple(
         Layer(f"l{i}", "conv", 8, 8, 9, 1, False, 64, m, 72, tied_to="l1" if tied and i == 3 else None) for i, m in enumerate(macs)
@@ -33,14 +34,15 @@ def planned(tied: bool, fraction: float, seed: int):
         free_layers=free_layers(layers),
         end_bits=8,
         default_budget=BopsBudget(layers, fraction),
-        evaluator=SimpleNamespace(sensitivities=table),
+        sensitivities=table,
+        complete=partial(complete, layers=layers),
     )
 
 
 def total(env, bit_widths, activation_weight=1.0):
     return sum(
         values[getattr(bit_widths[name], kind) - 2] * (activation_weight if kind == "activation" else 1)
-        for (name, kind), values in env.evaluator.sensitivities.items()
+        for (name, kind), values in env.sensitivities.items()
     )
 
 
@@ -49,10 +51,10 @@ def total(env, bit_widths, activation_weight=1.0):
 def test_the_integer_program_finds_the_optimum(tied, fraction, weight):
     """Against all 7^6 maps of three free layers."""
     env = planned(tied, fraction, seed=int(1000 * fraction))
-    found = least_sensitive(env, env.evaluator.sensitivities, weight)
+    found = least_sensitive(env, env.sensitivities, weight)
     check_map(found, env.layers)
     assert bops_fraction(found, env.layers) <= fraction
-    s = env.evaluator.sensitivities
+    s = env.sensitivities
     zeros = [0.0] * 7
     loss = [
         np.add.outer(np.array(s[a.name, "weight"]), weight * np.array(s.get((a.name, "activation"), zeros)))
@@ -74,12 +76,12 @@ def test_the_integer_program_stays_within_the_last_bit_operation(seed):
     env = planned(False, 0.02, seed=seed)
     first, *rest, last = env.layers
     env.layers = (first, *rest, replace(last, tied_to="l2", macs=150))
-    env.default_budget = BopsBudget(env.layers, 0.02)
-    found = least_sensitive(env, env.evaluator.sensitivities)
+    env.default_budget, env.complete = BopsBudget(env.layers, 0.02), partial(complete, layers=env.layers)
+    found = least_sensitive(env, env.sensitivities)
     check_map(found, env.layers)
     assert bops(found, env.layers) <= env.default_budget.limit
     env.default_budget.limit = bops(found, env.layers) - 1
-    assert bops(least_sensitive(env, env.evaluator.sensitivities), env.layers) <= env.default_budget.limit
+    assert bops(least_sensitive(env, env.sensitivities), env.layers) <= env.default_budget.limit
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -88,9 +90,9 @@ def test_greedy_takes_what_is_least_missed(tied):
     (found,) = greedy(env, None)
     check_map(found, env.layers)
     assert bops_fraction(found, env.layers) <= 0.02
-    env.evaluator.sensitivities = {place: [0.0] * 7 for place in env.evaluator.sensitivities}
+    env.sensitivities = {place: [0.0] * 7 for place in env.sensitivities}
     dear = "l2", "weight"
-    env.evaluator.sensitivities[dear] = [6.0, 5, 4, 3, 2, 1, 0]
+    env.sensitivities[dear] = [6.0, 5, 4, 3, 2, 1, 0]
     (found,) = greedy(env, None)
     assert found["l2"].weight == 8 and found["l1"].weight < 8
 

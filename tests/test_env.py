@@ -58,7 +58,7 @@ def test_checkers_find_nothing(name, render_mode):
 def test_spec_survives_json(name):
     env = gymnasium.make(name, budget=0.02)
     spec = gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json())
-    assert gymnasium.make(spec).unwrapped.default_budget.fraction == 0.02
+    assert gymnasium.make(spec).unwrapped.default_budget.value == 0.02
 
 
 def test_registering_twice_is_harmless_and_import_is_light():

@@ -106,7 +106,8 @@ def test_maps(tmp_path, map_document, data):
     if not refused:
         bit_widths, rest = read
         assert list(bit_widths) == [layer.name for layer in LAYERS] and 0 < bops_fraction(bit_widths, LAYERS) < 0.07
-        assert rest.get("budget") is None or 0 < rest["budget"] <= 1
+        budget = rest.get("budget")  # limits by kind are read where the network is known
+        assert budget is None or isinstance(budget, dict) or 0 < budget <= 1
 
 
 @given(st.binary(max_size=200))

@@ -124,7 +124,7 @@ def test_the_least_reachable_budget_is_met(macs, end_bits):
     budget = BopsBudget(layers, bops_fraction(least, layers), end_bits)
     assert budget.least({}) <= budget.limit
     with pytest.raises(ArqError, match="least reachable is") as error:
-        BopsBudget(layers, 0.99 * budget.fraction, end_bits)
+        BopsBudget(layers, 0.99 * budget.value, end_bits)
     BopsBudget(layers, float(str(error.value).split("least reachable is ")[1].split()[0]), end_bits)
 
 

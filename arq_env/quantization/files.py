@@ -32,17 +32,26 @@ def model_bytes(network: nn.Module, layers: tuple[Layer, ...], bit_widths: BitWi
     :param network: the FP32 network, or any made from it
     :param bit_widths: None for FP32
     """
+    if bit_widths is None:
+        return bytes_beside(network, layers) + 4 * sum(layer.parameters for layer in layers)
+    return bytes_beside(network, layers) + sum(packed_bytes(layer, bit_widths[layer.name].weight) for layer in layers)
+
+
+def bytes_beside(network: nn.Module, layers: tuple[Layer, ...]) -> int:
+    """Of :func:`model_bytes` what no map changes: biases, and all that is no layer's."""
     state = {id(tensor): (name, tensor) for name, tensor in reversed(network.state_dict(keep_vars=True).items())}
     names = {layer.name for layer in layers}
-    rest = 0
+    beside = 0
     for name, tensor in state.values():
         of_layer = any(name.startswith(f"{layer}.") for layer in names) and name.rpartition(".")[2] != "bias"
         if tensor.is_floating_point() and not of_layer:
-            rest += 4 * tensor.numel()
-    if bit_widths is None:
-        return rest + 4 * sum(layer.parameters for layer in layers)
-    packed = sum(math.ceil(layer.parameters * bit_widths[layer.name].weight / 8) for layer in layers)
-    return rest + packed + 4 * sum(layer.out_channels + 1 for layer in layers)
+            beside += 4 * tensor.numel()
+    return beside
+
+
+def packed_bytes(layer: Layer, weight_bits: int) -> int:
+    """Of :func:`model_bytes` a layer's packed weights and its steps: one for each output channel, and one for activations."""
+    return math.ceil(layer.parameters * weight_bits / 8) + 4 * (layer.out_channels + 1)
 
 
 def save_quantized(network: nn.Module, path: Path, card: dict) -> dict:

@@ -78,7 +78,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_json(path: Path, document: dict) -> None:
+def write_json(path: Path, document: dict | list) -> None:
     """Write ``document`` as indented JSON, whole or not at all."""
     with atomic_file(path) as file:
         file.write((json.dumps(document, indent=2) + "\n").encode())

@@ -57,6 +57,7 @@ from arq_agents.trace import count_episodes, read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
 from arq_env.comparison import FP32, ratio_of_means
+from arq_env.env import arq_env_of
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
 
@@ -81,7 +82,7 @@ def main(options):
                     search.result()  # raises what it ended with
                 bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
                 bar.refresh()
-        exported = {run: load_map(folder / "bit_widths.json", env.get_wrapper_attr("layers"))[0] for run, folder in folders.items()}
+        exported = {run: load_map(folder / "bit_widths.json", arq_env_of(env).layers)[0] for run, folder in folders.items()}
         finished = {} if options.rewards_only else finish(pool, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
     name = f"{options.name}-budget{options.budget:g}"
@@ -109,7 +110,7 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
 
     :param finished: radii of each run's map and of FP32, or nothing
     """
-    methods, layers = {}, env.get_wrapper_attr("layers")
+    methods, layers = {}, arq_env_of(env).layers
     for method in options.methods:
         setup = setup_cost(method, env)
         traces = {seed: read_trace(folder / "trace.jsonl") for (name, seed), folder in folders.items() if name == method}

@@ -38,6 +38,7 @@ from arq_agents.finishing import finish, workers
 from arq_agents.main import make_env
 from arq_env.bitwidths import bops_fraction, load_map, named_uniform
 from arq_env.comparison import FP32, standard_error
+from arq_env.env import arq_env_of
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
 
@@ -46,7 +47,7 @@ ALIKE = 1.1
 
 
 def main(options):
-    layers = make_env(options).get_wrapper_attr("layers")
+    layers = arq_env_of(make_env(options)).layers
     maps = {(name, one): chosen_map(one, layers) for name, *given in options.maps for one in given}
     with workers(options.processes) as pool:
         radii = finish(pool, {FP32: None, **maps}, options, options.store)

@@ -65,14 +65,14 @@ class Worker:
         self.options = options
         problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
         self.env = ArqEnv(problem, settings=CertifierSettings(images=SCORED))
-        self.evaluators = {
-            f"soft, {SCORED} x 1": self.env.evaluator,
-            f"soft, {SCORED} x 1, {FINER}": Evaluator(problem, CertifierSettings(images=SCORED, regained_bits=1)),
-            "counted, 512 x 8": Evaluator(problem, CertifierSettings(images=512, n0=4, n=8, reward_method="cohen")),
-            "counted, 128 x 32": Evaluator(problem, CertifierSettings(images=128, n0=16, n=32, reward_method="cohen")),
+        others = {
+            f"soft, {SCORED} x 1, {FINER}": CertifierSettings(images=SCORED, regained_bits=1),
+            "counted, 512 x 8": CertifierSettings(images=512, n0=4, n=8, reward_method="cohen"),
+            "counted, 128 x 32": CertifierSettings(images=128, n0=16, n=32, reward_method="cohen"),
         }
-        for evaluator in self.evaluators.values():
-            evaluator.quantizer = self.env.evaluator.quantizer  # the same calibration
+        own = self.env.evaluator
+        alike = {name: Evaluator(problem, settings, quantizer=own.quantizer) for name, settings in others.items()}
+        self.evaluators = {f"soft, {SCORED} x 1": own} | alike
         _ = self.env.evaluator.divergence  # FP32's predictions, before a clock starts
 
     def map(self, index: int) -> dict:

@@ -95,13 +95,15 @@ def one_draw(store: Path, problem, maps, task) -> dict:
     network, dataset, sigma, training = problem
     loaded = load_problem(network, dataset, sigma=sigma, training=training)
 
-    def evaluator(seed):
-        drawn = {"images": images, "n": n, "calibration_images": calibration, "seed": seed}
-        return Evaluator(loaded, CertifierSettings(**drawn, part="reward" if part == "reward" else "train", regained_bits=1))
+    def evaluator(seed, quantizer=None):
+        drawn = {"images": images, "n": n, "calibration_images": calibration, "seed": seed, "regained_bits": 1}
+        settings = CertifierSettings(**drawn, part="reward" if part == "reward" else "train")
+        return Evaluator(loaded, settings, quantizer=quantizer)
 
-    judge = evaluator(0 if part == "calibration" else seed)
+    kept = None
     if part in ("images", "calibration"):  # the other is the same in all draws
-        judge.quantizer = evaluator(seed if part == "calibration" else 0).quantizer
+        kept = evaluator(seed if part == "calibration" else 0).quantizer
+    judge = evaluator(0 if part == "calibration" else seed, kept)
     evaluations = [judge.evaluate(bit_widths) for bit_widths in maps]
     row = {
         "ratios": [evaluation.acr / judge.reference.acr for evaluation in evaluations],

@@ -1,0 +1,269 @@
+"""Limits on what a map costs: what the environment and the searches know of them."""
+
+import math
+import numbers
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete, free_layers
+from arq_env.layers import Layer
+from arq_env.support.errors import ArqError
+
+if TYPE_CHECKING:
+    from arq_env.problem import Problem
+
+WIDTHS = range(MIN_BITS, MAX_BITS + 1)
+#: How a budget is asked for and written: a fraction of FP32's bit operations, or kinds of :data:`arq_env.budget.BUDGETS` and the
+#: limit of each.
+BudgetSpec = float | Mapping[str, Any]
+
+
+class Budget(ABC):
+    """Limits on what a map costs, spent layer by layer: all that the environment and the searches know of them.
+
+    The methods take whole maps, or the bits chosen so far, which are those of the first few free layers. More bits never cost less.
+
+    :param layers: all layers of the network, in order
+    :param end_bits: weight and activation bits of the first and the last layer, 2 to 8
+    """
+
+    def __init__(self, layers: tuple[Layer, ...], end_bits: int):
+        if not (isinstance(end_bits, int | np.integer) and MIN_BITS <= end_bits <= MAX_BITS):
+            raise ArqError(f"end_bits is {end_bits!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
+        self.layers, self.free, self.end_bits = layers, free_layers(layers), int(end_bits)
+
+    @property
+    @abstractmethod
+    def parts(self) -> "tuple[OneBudget, ...]":
+        """The budgets that this one is made of; a budget of one kind is its own only part."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Any:
+        """The limit as :meth:`at` takes it."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> BudgetSpec:
+        """The budget as :func:`arq_env.budget.make_budget` takes it, and as files hold it: JSON."""
+
+    @abstractmethod
+    def at(self, value: Any) -> Self:
+        """The same kind of budget with another limit.
+
+        :raises ArqError: when it is no limit of this kind, or even the smallest bits cost more
+        """
+
+    @abstractmethod
+    def excess(self, bit_widths: BitWidthMap) -> float:
+        """By how much a map is over its limits; 0 or less for a map within them."""
+
+    @abstractmethod
+    def even_bits(self, chosen: BitWidthMap) -> tuple[float, float]:
+        """Weight and activation bits, at most 8, that all layers to come could have alike; 8 of a kind that costs nothing."""
+
+    @abstractmethod
+    def share_from(self, step: int) -> float:
+        """Share of the cost of 8 bits in all free layers that those from this step on have, in [0, 1]."""
+
+    def within(self, bit_widths: BitWidthMap) -> bool:
+        """Whether a map costs no more than it may."""
+        return self.excess(bit_widths) <= 0
+
+    @cached_property
+    def priced(self) -> tuple[str, ...]:
+        """Of "weight" and "activation" those whose bits cost anything."""
+        return tuple(kind for kind in Bits._fields if any(kind in part.priced for part in self.parts))
+
+    def level(self, bits: int) -> Bits:
+        """So many bits for weights and activations, but 8 for the kind that costs nothing."""
+        return Bits(*(bits if kind in self.priced else MAX_BITS for kind in Bits._fields))
+
+    def with_rest(self, chosen: BitWidthMap, to_come: Bits) -> BitWidthMap:
+        """The map in which each free layer that is not chosen yet gets these bits."""
+        rest = dict.fromkeys((layer.name for layer in self.free[len(chosen) :]), to_come)
+        return complete(rest | chosen, self.layers, self.end_bits)
+
+    def fit(self, bits: Bits, chosen: BitWidthMap) -> Bits:
+        """Take bits off the next layer's, from the larger of the two first, until the layers after it can still have 2/2.
+
+        Bits whose loss would save nothing of what is missing stay. A layer that reads the same tensor as an earlier one gets that
+        one's activation bits.
+        """
+        layer = self.free[len(chosen)]
+        fitting = Bits(*(min(max(value, MIN_BITS), MAX_BITS) for value in bits))
+        if layer.tied_to is not None:
+            shared = complete(chosen, self.layers, self.end_bits)[layer.tied_to].activation
+            fitting = fitting._replace(activation=shared)
+
+        def over(tried: Bits) -> float:
+            return self.excess(self.with_rest(chosen | {layer.name: tried}, Bits(MIN_BITS, MIN_BITS)))
+
+        while (excess := over(fitting)) > 0:
+            kinds = [kind for kind in Bits._fields if kind == "weight" or layer.tied_to is None]
+            kinds = [kind for kind in kinds if getattr(fitting, kind) > MIN_BITS]
+            saving = [kind for kind in kinds if over(fitting._replace(**{kind: MIN_BITS})) < excess]
+            larger = max(saving or kinds, key=lambda kind: getattr(fitting, kind))
+            fitting = fitting._replace(**{larger: getattr(fitting, larger) - 1})
+        return fitting
+
+
+class OneBudget(Budget):
+    """A limit on one cost that adds up over the layers, in whole units; a subclass says what a layer costs.
+
+    :param limit: most units that a map may cost, ``constant`` included
+    :param constant: what every map costs beside its layers
+    :raises ArqError: when even the smallest bits cost more, saying how much
+    """
+
+    #: What :data:`arq_env.budget.BUDGETS` calls it, and what its value counts.
+    name: ClassVar[str]
+    unit: ClassVar[str]
+
+    def __init__(self, layers: tuple[Layer, ...], value: float, end_bits: int, *, limit: int, constant: int):
+        super().__init__(layers, end_bits)
+        self._value, self.limit, self.constant = value, limit, constant
+        #: Layer name to its cost in units, [7, 7] for 2 to 8 weight and activation bits.
+        self.costs: dict[str, np.ndarray] = {
+            layer.name: np.array([[self.layer_cost(layer, w, a) for a in WIDTHS] for w in WIDTHS], np.int64) for layer in layers
+        }
+        self._table: dict[str, list[list[int]]] = {name: costs.tolist() for name, costs in self.costs.items()}
+        most = [self._table[layer.name][-1][-1] for layer in self.free]
+        self._most_from = [sum(most[step:]) for step in range(len(most) + 1)]
+        if (least := self.least({})) > limit:
+            raise ArqError(
+                f"a budget of {value:.10g} {self.unit} cannot be met: the least reachable is "
+                f"{math.ceil(Fraction(self.in_value(least)) * 10**6) / 1e6:.15g} ({MIN_BITS} bits everywhere, {self.end_bits} in "
+                "the first and last layer)"
+            )
+
+    @classmethod
+    @abstractmethod
+    def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
+        """The budget for a problem's network, where :data:`arq_env.budget.BUDGETS` has this kind.
+
+        :raises ArqError: as :meth:`at`
+        """
+
+    @abstractmethod
+    def layer_cost(self, layer: Layer, weight: int, activation: int) -> int:
+        """Units that a layer costs at these bits."""
+
+    @abstractmethod
+    def in_value(self, cost: int) -> float:
+        """A cost as the value of the budget that it just fits."""
+
+    @property
+    def parts(self) -> "tuple[OneBudget, ...]":
+        return (self,)
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    @property
+    def spec(self) -> BudgetSpec:
+        return {self.name: self.value}
+
+    @cached_property
+    def priced(self) -> tuple[str, ...]:
+        axes = zip(Bits._fields, (0, 1), strict=True)
+        return tuple(kind for kind, axis in axes if any(np.diff(costs, axis=axis).any() for costs in self.costs.values()))
+
+    def cost(self, bit_widths: BitWidthMap) -> int:
+        """Units that a map costs."""
+        table = self._table
+        return self.constant + sum(table[name][w - MIN_BITS][a - MIN_BITS] for name, (w, a) in bit_widths.items())
+
+    def amount(self, bit_widths: BitWidthMap) -> float:
+        """The value of the budget that a map just fits."""
+        return self.in_value(self.cost(bit_widths))
+
+    def excess(self, bit_widths: BitWidthMap) -> int:
+        return self.cost(bit_widths) - self.limit
+
+    def least(self, chosen: BitWidthMap) -> int:
+        """Units of the cheapest map that has these bits."""
+        return self.cost(self.with_rest(chosen, Bits(MIN_BITS, MIN_BITS)))
+
+    def even_bits(self, chosen: BitWidthMap) -> tuple[float, float]:
+        """By linear interpolation between whole bits."""
+        costs = [self.cost(self.with_rest(chosen, self.level(bits))) for bits in WIDTHS]
+        fits = max((i for i, cost in enumerate(costs) if cost <= self.limit), default=0)
+        even = float(WIDTHS[fits])
+        if even < MAX_BITS:
+            even += (self.limit - costs[fits]) / (costs[fits + 1] - costs[fits])
+        weight, activation = (even if kind in self.priced else float(MAX_BITS) for kind in Bits._fields)
+        return weight, activation
+
+    def share_from(self, step: int) -> float:
+        return self._most_from[step] / max(self._most_from[0], 1)
+
+    def __str__(self) -> str:
+        return f"{self.value:.10g} {self.unit}"
+
+
+class AllOf(Budget):
+    """Several budgets at once: a map is within it when it is within each.
+
+    :param parts: for the same layers and end bits
+    """
+
+    def __init__(self, parts: Sequence[OneBudget]):
+        super().__init__(parts[0].layers, parts[0].end_bits)
+        self._parts = tuple(parts)
+
+    @property
+    def parts(self) -> tuple[OneBudget, ...]:
+        return self._parts
+
+    @property
+    def value(self) -> dict[str, Any]:
+        return {part.name: part.value for part in self.parts}
+
+    @property
+    def spec(self) -> BudgetSpec:
+        return {part.name: spec[part.name] if isinstance(spec := part.spec, Mapping) else spec for part in self.parts}
+
+    def at(self, value: Any) -> Self:
+        names = [part.name for part in self.parts]
+        if not isinstance(value, Mapping) or set(value) != set(names):
+            raise ArqError(f"the budget is {value!r}: give a dictionary with a limit for each of {', '.join(names)}")
+        return type(self)([part.at(value[part.name]) for part in self.parts])
+
+    def excess(self, bit_widths: BitWidthMap) -> float:
+        """As shares of the limits, added up over those that are exceeded."""
+        return sum(max(part.excess(bit_widths), 0) / part.limit for part in self.parts)
+
+    def even_bits(self, chosen: BitWidthMap) -> tuple[float, float]:
+        """The fewest that any part leaves."""
+        weight, activation = map(min, zip(*(part.even_bits(chosen) for part in self.parts), strict=True))
+        return weight, activation
+
+    def share_from(self, step: int) -> float:
+        """The mean over the parts."""
+        return sum(part.share_from(step) for part in self.parts) / len(self.parts)
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.parts))
+
+
+def positive(value: Any, unit: str) -> float:
+    """``value`` as a number above 0, whole where it was.
+
+    :raises ArqError: for anything else
+    """
+    if not (is_number(value) and 0 < value <= sys.float_info.max):
+        raise ArqError(f"the budget is {value!r}: give a positive number of {unit}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of Python or NumPy, a bool not being one."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
