@@ -53,6 +53,33 @@ def whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
     return convert
 
 
+def limit(text: str) -> tuple[str, Any]:
+    """A kind of budget and its limit, of ``0.01``, ``bytes=120000`` or ``latency=3.5:milliseconds.json``."""
+    kind, _, value = text.rpartition("=") if not text.startswith("latency=") else text.partition("=")
+    if kind == "latency":
+        milliseconds, _, table = value.partition(":")
+        return kind, {"milliseconds": float(milliseconds), "table": table}
+    return kind or "bops", int(value) if value.isdecimal() else float(value)
+
+
+class _Budget(argparse.Action):
+    """Makes limits a budget as :func:`arq_env.budget.make_budget` takes it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        limits = dict(values)
+        if len(limits) < len(values):
+            raise argparse.ArgumentError(self, "gives two limits of one kind: give one")
+        setattr(namespace, self.dest, limits["bops"] if [*limits] == ["bops"] else limits)
+
+
+def budget_name(budget: Any) -> str:
+    """A budget of a command line as a part of a folder's name: ``0.01`` or ``bops0.01-bytes120000``."""
+    if not isinstance(budget, dict):
+        return f"{budget:g}"
+    values = {kind: limit["milliseconds"] if isinstance(limit, dict) else limit for kind, limit in budget.items()}
+    return "-".join(f"{kind}{values[kind]:.12g}" for kind in sorted(values))
+
+
 def add_test_settings(parser: argparse.ArgumentParser) -> None:
     """The options that make up a certificate on test images, named as in :class:`arq_env.support.settings.TestSettings`."""
     from arq_env.support.settings import TestSettings
@@ -80,7 +107,15 @@ def add_environment(
 
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
     if budget is not None:
-        parser.add_argument("--budget", type=float, default=budget, help="bit operations, as a fraction of FP32's")
+        parser.add_argument(
+            "--budget",
+            type=limit,
+            nargs="+",
+            action=_Budget,
+            default=budget,
+            metavar="LIMIT",
+            help="bit operations, as a fraction of FP32's; or several of bops=0.01 bytes=120000 latency=3.5:milliseconds.json",
+        )
     parser.add_argument(
         "--sigma",
         type=float,

@@ -16,6 +16,7 @@ from arq_env.support.files import write_json
 from arq_env.support.report import comparison_table, layer_table
 from arq_env.support.settings import TestSettings
 
+from .command_line import budget_name
 from .search import search
 from .trace import Episode
 
@@ -30,10 +31,8 @@ def main(options: argparse.Namespace) -> None:
     """
     algorithm = options.algorithm
     trained = "" if options.training == "gaussian" else f"-{options.training}"
-    folder = (
-        options.output
-        or Path("runs") / f"{algorithm}-{options.env}-budget{options.budget:g}-sigma{options.sigma:g}{trained}-seed{options.seed}"
-    )
+    problem = f"{options.env}-budget{budget_name(options.budget)}-sigma{options.sigma:g}{trained}"
+    folder = options.output or Path("runs") / f"{algorithm}-{problem}-seed{options.seed}"
     env = make_env(options)
     print(
         f"{algorithm} on {options.env}: at most {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})"

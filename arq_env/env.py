@@ -51,7 +51,7 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     | 7     | parameters               | the size of what weight bits act on (log scale)                       |
     | 8     | input positions          | the size of what activation bits act on (log scale)                   |
     | 9     | MACs                     | what a bit costs here (log scale)                                     |
-    | 10    | share of MACs left       | how much is still to be paid for                                      |
+    | 10    | share of MACs left       | how much is still to be paid for (of what the budget charges for)     |
     | 11    | budget                   | even share of this episode's budget, sqrt(bits x bits) / 8            |
     | 12    | budget left              | even share of what is left: without it the process is not Markov      |
     | 13, 14| previous weight and activation bits / 8 | errors of neighbouring layers add up                   |
@@ -61,7 +61,8 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     affords. 0 is an even share, the bits that all remaining layers could have alike; -1 and 1 are 1 bit fewer and
     more. The result is rounded, clipped to 2..8, and lowered until all later layers can still have 2/2, so that every map
     that leaves the environment is within its budget. Layers that read the same tensor share its activation bits: the first of
-    them decides, and the others choose weight bits only.
+    them decides, and the others choose weight bits only. Where bits of a kind cost nothing, as those of activations in bytes,
+    their even share is 8, so that actions take none or one of them off.
 
     ## Rewards
     0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
@@ -78,13 +79,15 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     up to 800 to 350 samples an image and behind above, `"incremental"` about half as far.
 
     ## Starting State
-    The first layer that is not fixed, nothing spent. `reset(options={"budget": f})` sets the budget for one episode.
+    The first layer that is not fixed, nothing spent. `reset(options={"budget": f})` sets the budget for one episode, of the kind
+    that the environment has.
 
     ## Episode End
     Terminates after the last free layer (18 steps for ResNet-20); never truncates. The last step's `info` holds
     `reward`, `bit_widths` (name to (weight, activation)), `bits` (the same as an int64 array [layers, 2], which vector
     environments stack), `bops_fraction`, `acr`, `clean_accuracy`, `certified_accuracy` (at radius sigma / 2), `reference_acr` and
-    `evaluation_seconds`. Maps are evaluated once; a map met again costs nothing and reports the time that its evaluation took.
+    `evaluation_seconds`, and what the map costs in each other kind of budget that is set (`bytes`, `latency`). Maps are evaluated
+    once; a map met again costs nothing and reports the time that its evaluation took.
 
     The spec has no `max_episode_steps`, since the horizon is the network's: what needs one, such as Gymnasium's
     `TimeAwareObservation`, gets it as `gym.make(..., max_episode_steps=18)`; `env.unwrapped.horizon` says how many.
@@ -93,8 +96,10 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, `render_mode`
     (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's
     `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
-    :class:`arq_env.evaluation.CertifierSettings`). The class itself takes a :class:`arq_env.problem.Problem`, which holds any
-    network of convolutions and linear layers.
+    :class:`arq_env.evaluation.CertifierSettings`). `budget` is a fraction of FP32's bit operations, or limits by kind that hold
+    together: `{"bops": 0.01, "bytes": 120_000, "latency": {"milliseconds": 3.5, "table": "times.json"}}`, see
+    :mod:`arq_env.budget`. The class itself takes a :class:`arq_env.problem.Problem`, which holds any network of convolutions and
+    linear layers.
 
     ## Version History
     * v0: the reward of the first release. Until then it changes with the package (`CHANGELOG.md`; `reward_version` in run folders);

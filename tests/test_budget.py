@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arq_agents import command_line
 from arq_agents.any_budget import DrawnBudget, train_for_any_budget
 from arq_agents.baselines import greedy, integer_program, least_sensitive, uniform_bits
 from arq_agents.haq import cut_to_budget
@@ -241,10 +242,29 @@ def test_a_specification_can_be_written():
     assert env.reset()[0] in env.observation_space
 
 
+def test_a_budget_on_a_command_line(capsys):
+    parser = command_line.parser("Anything.")
+    command_line.add_environment(parser, budget=0.01)
+    for words, budget, name in (
+        ([], 0.01, "0.01"),
+        (["0.007"], 0.007, "0.007"),
+        (["bops=0.007"], 0.007, "0.007"),
+        (["bytes=120000"], {"bytes": 120_000}, "bytes120000"),
+        (["bytes=1234567", "bops=0.02"], {"bytes": 1_234_567, "bops": 0.02}, "bops0.02-bytes1234567"),
+        (["latency=3.5:t=1.json"], {"latency": {"milliseconds": 3.5, "table": "t=1.json"}}, "latency3.5"),
+    ):
+        found = parser.parse_args(["--budget", *words] if words else []).budget
+        assert found == budget and command_line.budget_name(found) == name
+    for words, message in ((["much"], "--budget: invalid limit value: 'much'"), (["0.1", "bops=0.2"], "two limits of one kind")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--budget", *words])
+        assert message in capsys.readouterr().err
+
+
 def test_a_search_in_bytes(tmp_path, monkeypatch):
     """Its folder says so, and another limit is another search."""
     monkeypatch.setattr("arq_agents.search.EXCHANGES", 2)
-    for algorithm in ("td3+demonstrations", "arq", "random+exchange"):
+    for algorithm in ("td3+demonstrations", "random+exchange"):
         env, folder = make_toy_env(budget={"bytes": 900}), tmp_path / algorithm
         search_toy(folder, algorithm, 4, env=env)
         assert json.loads((folder / "config.json").read_text())["budget"] == {"bytes": 900}

@@ -72,7 +72,7 @@ def main(options):
     runs = [
         (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or not is_deterministic(method)
     ]
-    folders = {run: options.output / f"budget{options.budget:g}" / "{}-seed{}".format(*run) for run in runs}
+    folders = {run: options.output / f"budget{command_line.budget_name(options.budget)}" / "{}-seed{}".format(*run) for run in runs}
     with workers(options.processes) as pool:
         with tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar:
             searches = {pool.submit(search_one, run, folders[run], options) for run in runs}
@@ -85,7 +85,7 @@ def main(options):
         exported = {run: load_map(folder / "bit_widths.json", arq_env_of(env).layers)[0] for run, folder in folders.items()}
         finished = {} if options.rewards_only else finish(pool, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
-    name = f"{options.name}-budget{options.budget:g}"
+    name = f"{options.name}-budget{command_line.budget_name(options.budget)}"
     write_json(options.output / f"{name}.json", document)
     plot(document, options.output / f"{name}.png")
     print(table(document))
@@ -220,8 +220,9 @@ def plot(document: dict, path: Path) -> None:
         evaluations = np.arange(1, len(mean) + 1)
         (line,) = axes.plot(evaluations, mean, label=method, linestyle="--" if is_deterministic(method) else "-")
         axes.fill_between(evaluations, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0)
-    settings = document["settings"]
-    axes.set(xlabel="evaluations", ylabel="best reward so far", title=f"{settings['env']}, {settings['budget']:.3%} of FP32's BOPs")
+    settings, budget = document["settings"], document["settings"]["budget"]
+    limit = f"{budget:.3%} of FP32's BOPs" if isinstance(budget, float) else command_line.budget_name(budget)
+    axes.set(xlabel="evaluations", ylabel="best reward so far", title=f"{settings['env']}, {limit}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", loc="lower right")
     figure.tight_layout()
