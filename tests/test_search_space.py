@@ -47,7 +47,8 @@ def test_every_search_stays_behind_the_wall():
     published.reset()
     for _ in range(published.horizon):
         _, reward, terminated, _, info = published.step(np.zeros(1))
-    assert terminated and reward != info["reward"] == env.judge(info["bit_widths"])["reward"]
+    found = {name: Bits(*bits) for name, bits in info["bit_widths"].items()}
+    assert terminated and reward != info["reward"] == env.judge(found)["reward"]
 
 
 def test_the_environment_is_a_search_space():
@@ -57,7 +58,6 @@ def test_the_environment_is_a_search_space():
 
 
 def test_wrapped_or_not():
-
     env = gymnasium.make("ARQ-Toy-v0")
     assert arq_env_of(env) is env.unwrapped is arq_env_of(env.unwrapped)
     with pytest.raises(ArqError, match="give one of this package"):

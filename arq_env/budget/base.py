@@ -1,5 +1,6 @@
 """Limits on what a map costs: what the environment and the searches know of them."""
 
+import copy
 import math
 import numbers
 import sys
@@ -117,8 +118,11 @@ class Budget(ABC):
 class OneBudget(Budget):
     """A limit on one cost that adds up over the layers, in whole units; a subclass says what a layer costs.
 
-    :param limit: most units that a map may cost, ``constant`` included
-    :param constant: what every map costs beside its layers
+    ``limit`` is the most units whose value, as a float, is no more than the budget's: a map fits the budget of its :meth:`amount`.
+
+    :param value: the limit
+    :param units: of cost in a value of 1
+    :param constant: units that every map costs beside its layers
     :raises ArqError: when even the smallest bits cost more, saying how much
     """
 
@@ -126,9 +130,9 @@ class OneBudget(Budget):
     name: ClassVar[str]
     unit: ClassVar[str]
 
-    def __init__(self, layers: tuple[Layer, ...], value: float, end_bits: int, *, limit: int, constant: int):
+    def __init__(self, layers: tuple[Layer, ...], value: float, end_bits: int, *, units: int, constant: int):
         super().__init__(layers, end_bits)
-        self._value, self.limit, self.constant = value, limit, constant
+        self.units, self.constant = units, constant
         #: Layer name to its cost in units, [7, 7] for 2 to 8 weight and activation bits.
         self.costs: dict[str, np.ndarray] = {
             layer.name: np.array([[self.layer_cost(layer, w, a) for a in WIDTHS] for w in WIDTHS], np.int64) for layer in layers
@@ -136,10 +140,17 @@ class OneBudget(Budget):
         self._table: dict[str, list[list[int]]] = {name: costs.tolist() for name, costs in self.costs.items()}
         most = [self._table[layer.name][-1][-1] for layer in self.free]
         self._most_from = [sum(most[step:]) for step in range(len(most) + 1)]
-        if (least := self.least({})) > limit:
+        self._set(value)
+
+    def _set(self, value: Any) -> None:
+        self._value = self.checked(value)
+        self.limit = math.floor(Fraction(self._value) * self.units)
+        while (self.limit + 1) / self.units <= self._value:
+            self.limit += 1
+        if (least := self.least({})) > self.limit:
             raise ArqError(
-                f"a budget of {value:.10g} {self.unit} cannot be met: the least reachable is "
-                f"{math.ceil(Fraction(self.in_value(least)) * 10**6) / 1e6:.15g} ({MIN_BITS} bits everywhere, {self.end_bits} in "
+                f"a budget of {self._value:.10g} {self.unit} cannot be met: the least reachable is "
+                f"{math.ceil(Fraction(least / self.units) * 10**6) / 1e6:.15g} ({MIN_BITS} bits everywhere, {self.end_bits} in "
                 "the first and last layer)"
             )
 
@@ -152,12 +163,20 @@ class OneBudget(Budget):
         """
 
     @abstractmethod
-    def layer_cost(self, layer: Layer, weight: int, activation: int) -> int:
-        """Units that a layer costs at these bits."""
+    def checked(self, value: Any) -> float:
+        """The value as a number.
+
+        :raises ArqError: when it is no limit of this kind
+        """
 
     @abstractmethod
-    def in_value(self, cost: int) -> float:
-        """A cost as the value of the budget that it just fits."""
+    def layer_cost(self, layer: Layer, weight: int, activation: int) -> int:
+        """Units that a layer costs at these bits; never less for more bits."""
+
+    def at(self, value: Any) -> Self:
+        other = copy.copy(self)
+        other._set(value)
+        return other
 
     @property
     def parts(self) -> "tuple[OneBudget, ...]":
@@ -183,7 +202,7 @@ class OneBudget(Budget):
 
     def amount(self, bit_widths: BitWidthMap) -> float:
         """The value of the budget that a map just fits."""
-        return self.in_value(self.cost(bit_widths))
+        return self.cost(bit_widths) / self.units
 
     def excess(self, bit_widths: BitWidthMap) -> int:
         return self.cost(bit_widths) - self.limit

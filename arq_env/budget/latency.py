@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,12 +38,8 @@ class LatencyBudget(OneBudget):
     def __init__(
         self, layers: tuple[Layer, ...], most: float, end_bits: int = END_BITS, *, table: str | Path, digest: str | None = None
     ):
-        most = positive(most, self.unit)
         self.table, self.digest, self._times, beside = _read(Path(table), digest, layers)
-        limit = int(Fraction(most) * NANOSECONDS)
-        while self.in_value(limit + 1) <= most:  # what rounds to it counts to it
-            limit += 1
-        super().__init__(layers, most, end_bits, limit=limit, constant=beside)
+        super().__init__(layers, most, end_bits, units=NANOSECONDS, constant=beside)
 
     @classmethod
     def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
@@ -59,14 +54,11 @@ class LatencyBudget(OneBudget):
     def spec(self) -> BudgetSpec:
         return {self.name: {"milliseconds": self.value, "table": str(self.table), "sha256": self.digest}}
 
+    def checked(self, value: Any) -> float:
+        return positive(value, self.unit)
+
     def layer_cost(self, layer: Layer, weight: int, activation: int) -> int:
         return min(time for (w, a), time in self._times[layer.name].items() if w >= weight and a >= activation)
-
-    def in_value(self, cost: int) -> float:
-        return cost / NANOSECONDS
-
-    def at(self, value: Any) -> Self:
-        return type(self)(self.layers, value, self.end_bits, table=self.table, digest=self.digest)
 
 
 def _read(path: Path, digest: str | None, layers: tuple[Layer, ...]) -> tuple[Path, str, dict[str, dict[Bits, int]], int]:

@@ -1,6 +1,5 @@
 """Bytes of the packed model."""
 
-import math
 from typing import TYPE_CHECKING, Any, Self
 
 from arq_env.bitwidths import END_BITS
@@ -22,18 +21,14 @@ class BytesBudget(OneBudget):
     name, unit = "bytes", "bytes"
 
     def __init__(self, layers: tuple[Layer, ...], most: float, end_bits: int = END_BITS, *, beside: int = 0):
-        most = positive(most, "bytes")
-        super().__init__(layers, most, end_bits, limit=math.floor(most), constant=beside)
+        super().__init__(layers, most, end_bits, units=1, constant=beside)
 
     @classmethod
     def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
         return cls(problem.layers, value, end_bits, beside=bytes_beside(problem.network, problem.layers))
 
+    def checked(self, value: Any) -> float:
+        return positive(value, self.unit)
+
     def layer_cost(self, layer: Layer, weight: int, activation: int) -> int:
         return packed_bytes(layer, weight)
-
-    def in_value(self, cost: int) -> float:
-        return cost
-
-    def at(self, value: Any) -> Self:
-        return type(self)(self.layers, value, self.end_bits, beside=self.constant)
