@@ -242,6 +242,12 @@ def test_a_specification_can_be_written():
     assert env.reset()[0] in env.observation_space
 
 
+def test_limits_that_no_map_reaches():
+    for budget in ({"bytes": 1e300}, {"bytes": 10**300}, {"bops": 1.0, "bytes": 2**60}):
+        env = make_toy_env(budget=budget)
+        assert env.decode([[0, 0], [1, 1]]) == uniform(env.layers, 8, 8) == next(integer_program(env)) == next(greedy(env))
+
+
 def test_a_budget_on_a_command_line(capsys):
     parser = command_line.parser("Anything.")
     command_line.add_environment(parser, budget=0.01)

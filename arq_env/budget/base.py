@@ -145,7 +145,7 @@ class OneBudget(Budget):
     def _set(self, value: Any) -> None:
         self._value = self.checked(value)
         self.limit = math.floor(Fraction(self._value) * self.units)
-        while (self.limit + 1) / self.units <= self._value:
+        while self.limit < 2**53 and (self.limit + 1) / self.units <= self._value:  # beyond, floats round by whole units
             self.limit += 1
         if (least := self.least({})) > self.limit:
             raise ArqError(
