@@ -16,9 +16,10 @@ from arq_agents.haq import cut_to_budget
 from arq_agents.levers import exchange
 from arq_agents.trace import read_trace
 from arq_env import ArqError
-from arq_env.bitwidths import Bits, check_map, complete, free_layers, load_map, uniform
+from arq_env.bitwidths import Bits, check_map, complete, free_layers, load_map, save_map, uniform
 from arq_env.budget import BUDGETS, AllOf, BytesBudget, LatencyBudget, make_budget
 from arq_env.env import ArqEnv
+from arq_env.problem import load_mapped
 from arq_env.quantization import model_bytes
 from arq_env.sensitivity import places
 from tests.test_layers_and_budget import LAYERS, TIED, Projected
@@ -265,6 +266,20 @@ def test_a_budget_on_a_command_line(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(["--budget", *words])
         assert message in capsys.readouterr().err
+
+
+def test_a_map_s_file_over_its_budget(tmp_path):
+    """Edited by hand: it is used, and said to be over; a budget that is none is refused."""
+    header = {"network": "resnet20", "dataset": "cifar10", "sigma": 0.5}
+    path, bit_widths = tmp_path / "map.json", uniform(LAYERS, 4, 4)
+    save_map(path, bit_widths, LAYERS, **header, budget={"bytes": 200_000, "bops": 0.02})
+    assert load_mapped(path)[1] == bit_widths
+    save_map(path, bit_widths, LAYERS, **header, budget={"bytes": 100_000, "bops": 0.02})
+    with pytest.warns(UserWarning, match="costs more than its budget of 100000 bytes and 2.000% of FP32's bit operations"):
+        load_mapped(path)
+    save_map(path, bit_widths, LAYERS, **header, budget={"grams": 1})
+    with pytest.raises(ArqError, match="one or several of bops, bytes, latency"):
+        load_mapped(path)
 
 
 def test_a_search_in_bytes(tmp_path, monkeypatch):
