@@ -12,8 +12,8 @@ from arq_env.bitwidths import uniform
 from arq_env.comparison import compare_maps
 from arq_env.env import ArqEnv, arq_env_of
 from arq_env.registration import ENVIRONMENTS
+from arq_env.report.tables import comparison_table, layer_table
 from arq_env.support.files import write_json
-from arq_env.support.report import comparison_table, layer_table
 from arq_env.support.settings import TestSettings
 
 from .command_line import budget_name

@@ -40,8 +40,8 @@ from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
 from arq_env.evaluation import Evaluator, settings_of
 from arq_env.problem import load_mapped
+from arq_env.report.tables import comparison_table, layer_table
 from arq_env.support.files import write_json
-from arq_env.support.report import comparison_table, layer_table
 
 
 def main(options):

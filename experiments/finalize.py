@@ -58,9 +58,9 @@ from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
 from arq_env.quantization import integer_network, model_bytes, save_quantized
+from arq_env.report.tables import layer_table
 from arq_env.support.files import write_json, writing
 from arq_env.support.provenance import provenance
-from arq_env.support.report import layer_table
 
 
 def main(options):

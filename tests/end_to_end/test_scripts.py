@@ -208,3 +208,15 @@ def test_finals_are_compared(called, tmp_path):
     (tmp_path / "summary-n1000.json").write_text(json.dumps(final | {"checkpoint": "0" * 64}))
     assert_one_line_error(called("compare_finished", tmp_path, "--output", tmp_path / "finals.json"), "other weights")
     assert_one_line_error(called("compare_finished", tmp_path / "nothing"), "finalize.py")
+
+
+def test_report_mistakes(called, tmp_path, monkeypatch):
+    final = ROOT / "experiments/results/finals/cifar10-sigma0.5-consistency-FP32"
+    assert_one_line_error(called("report", tmp_path), "holds nothing to report")
+    assert_one_line_error(called("report", tmp_path / "none"), "holds nothing to report")
+    (tmp_path / "file").write_text("")
+    pytest.importorskip("vl_convert")
+    blocked = called("report", final, "--output", tmp_path / "file" / "below")
+    assert_one_line_error(blocked, "cannot write")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert_one_line_error(called("report", final), 'pip install -e ".[report]"')

@@ -35,6 +35,21 @@ def comparison_table(comparison: Comparison) -> str:
     return _table(rows)
 
 
+#: Of networks, in sentences.
+_CALLED = {"found": "the found map", "finished": "the found map, fine-tuned,", "final": "the finished network"}
+
+
+def verdict(name: str, base: str, difference: float, error: float) -> str:
+    """One sentence on a paired difference in ACR: is ``name`` ahead of ``base`` by more than two standard errors?"""
+    who = _CALLED.get(name, name)
+    size = f"{difference:+.4f} in ACR, standard error {error:.4f}"
+    if abs(difference) > 2 * error:
+        told = f"{who} {'wins against' if difference > 0 else 'loses to'} {base} by more than two standard errors ({size})."
+    else:
+        told = f"{who} is not told apart from {base}: the difference is within two standard errors ({size})."
+    return told[0].upper() + told[1:]
+
+
 def reference_table(documents: list[dict]) -> str:
     """FP32 networks as a Markdown table, from the documents that ``experiments/studies/certify_checkpoints.py`` writes."""
     radii = [f"{step / 4:g}" for step in range(1, 10)]
