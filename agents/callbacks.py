@@ -5,7 +5,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 
 from .algorithms import DecayingNoise
-from .recorder import Recorder
+from .recorder import SEARCH, Recorder
 
 #: An action this close to -1 or 1 counts as being at the bounds.
 AT_BOUNDS = 0.99
@@ -28,7 +28,7 @@ class RecordEpisodes(BaseCallback):
         self._actions.append(self.locals["actions"][0])
         if self.locals["dones"][0]:
             self.recorder.add(self.locals["infos"][0])
-            self.logger.record("arq/actions_at_bounds", float((np.abs(self._actions) > AT_BOUNDS).mean()))
+            self.logger.record(f"{SEARCH}/actions_at_bounds", float((np.abs(self._actions) > AT_BOUNDS).mean()))
             self._actions.clear()
         return True
 

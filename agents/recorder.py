@@ -1,6 +1,7 @@
 """What every search leaves behind while it runs: the trace, TensorBoard's curves, a progress bar."""
 
 import contextlib
+import json
 import shutil
 import threading
 import time
@@ -8,19 +9,43 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, free_layers
 from arq_env.layers import Layer
 from arq_env.support.errors import ArqError
-from arq_env.support.files import drop_partial_line, lock
-from arq_env.support.render import render_rgb
+from arq_env.support.files import drop_partial_line, lock, read_json
+from arq_env.support.render import render_pareto, render_rgb
 
 from .trace import Episode, append_episode, count_episodes
 
 #: Episodes between two pictures of the map in TensorBoard.
 PICTURE_EVERY = 10
+#: TensorBoard sorts its sections by name, and the curves of each: these stand in the order in which they are read.
+REWARD, CERTIFICATE, BUDGET, MAP, SEARCH, EXPORTED = (
+    f"{place}_{name}" for place, name in enumerate(("reward", "certificate", "budget", "map", "search", "exported_map"), start=1)
+)
+_SHOWN = {
+    REWARD: "10 (ACR / ACR of FP32 - 1) of each episode's map, and the highest so far",
+    CERTIFICATE: "by the reward's certifier, on images of no test: ACR (mean certified radius), also over FP32's; share of images that "
+    "are right, and right with a radius of at least sigma / 2",
+    BUDGET: "bit operations of the map as a fraction of FP32's",
+    MAP: "the map as a picture, and how many layers have which bits",
+    SEARCH: "seconds that an evaluation took; share of an agent's actions at the bounds, where it may be stuck",
+    EXPORTED: "at the end: the chosen map, its place among all that were tried, its reward, and that on draws the search did not see",
+    "rollout, time, train": "stable-baselines3's own",
+}
+#: Shown by TensorBoard under Text.
+ABOUT = "\n".join(
+    [
+        "Every x axis counts episodes: one map tried in each. HPARAMS compares runs: their settings, and what came out.",
+        "",
+        "| section | shows |",
+        "| --- | --- |",
+        *(f"| {section} | {what} |" for section, what in _SHOWN.items()),
+    ]
+)
 
 
 @contextlib.contextmanager
@@ -50,6 +75,7 @@ class EpisodeLogger(Logger):
         try:
             with _writing(folder):
                 self._tensorboard = TensorBoardOutputFormat(str(folder))
+                self._tensorboard.writer.add_text("about", ABOUT, 0)
         except ArqError:
             threading.excepthook = self._hook
             raise
@@ -86,9 +112,18 @@ class EpisodeLogger(Logger):
     def picture(self, name: str, layers: tuple[Layer, ...], episode: Episode) -> None:
         """Write an episode's map as a picture."""
         title = f"episode {episode.episode}: reward {episode.reward:.3f}, {episode.bops_fraction:.3%} of FP32's bit operations"
+        self.image(name, render_rgb(layers, episode.bit_widths, title), episode.episode)
+
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Write a picture, uint8 [h, w, 3]."""
         with _writing(self._folder):
-            picture = render_rgb(layers, episode.bit_widths, title)
-            self._tensorboard.writer.add_image(name, picture, episode.episode, dataformats="HWC")
+            self._tensorboard.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def outcome(self, settings: dict[str, bool | float | str], metrics: dict[str, float]) -> None:
+        """Write what came out of a run with these settings, for TensorBoard's HPARAMS; not what else is recorded."""
+        told = {"hparams": HParam(settings, metrics), **metrics}
+        with _writing(self._folder):
+            self._tensorboard.write(told, dict.fromkeys(told), len(self._done))
 
     def close(self) -> None:
         """Write all and close the files."""
@@ -115,7 +150,8 @@ class Recorder:
     def __init__(
         self, folder: Path, layers: tuple[Layer, ...], episodes: int, known: Iterable[Episode] = (), *, progress: bool = True
     ):
-        self.path, self.layers, self.episodes, self.known = folder / "trace.jsonl", layers, episodes, list(known)
+        self.folder, self.path, self.layers, self.episodes = folder, folder / "trace.jsonl", layers, episodes
+        self.known = list(known)
         self.done: list[Episode] = []
         with contextlib.ExitStack() as opened:
             opened.enter_context(lock(folder / "config.json"))  # before anything in the folder is touched
@@ -161,20 +197,37 @@ class Recorder:
         return episode
 
     def _log(self, episode: Episode, best: float) -> None:
-        record = self.logger.record
-        for key in ("reward", "acr", "clean_accuracy", "certified_accuracy", "bops_fraction", "evaluation_seconds"):
-            record(f"arq/{key}", getattr(episode, key))
-        record("arq/acr_over_fp32", episode.acr / episode.reference_acr)
-        record("arq/best_reward", best)
+        for name, value in (
+            (f"{REWARD}/each_episode", episode.reward),
+            (f"{REWARD}/highest_so_far", best),
+            (f"{CERTIFICATE}/ACR", episode.acr),
+            (f"{CERTIFICATE}/ACR_over_FP32", episode.acr / episode.reference_acr),
+            (f"{CERTIFICATE}/certified_accuracy", episode.certified_accuracy),
+            (f"{CERTIFICATE}/clean_accuracy", episode.clean_accuracy),
+            (f"{BUDGET}/BOPs_fraction", episode.bops_fraction),
+            (f"{SEARCH}/evaluation_seconds", episode.evaluation_seconds),
+        ):
+            self.logger.record(name, value)
         if episode.episode % PICTURE_EVERY == 0 or episode.episode in (1, self.episodes):
-            self.logger.picture("arq/map", self.layers, episode)
+            self.logger.picture(f"{MAP}/map", self.layers, episode)
         chosen = [episode.bit_widths[layer.name] for layer in free_layers(self.layers)]
-        self.logger.histogram("arq/weight_bits", [bits.weight for bits in chosen])
-        self.logger.histogram("arq/activation_bits", [bits.activation for bits in chosen])
+        self.logger.histogram(f"{MAP}/weight_bits", [bits.weight for bits in chosen])
+        self.logger.histogram(f"{MAP}/activation_bits", [bits.activation for bits in chosen])
 
-    def exported(self, episode: Episode) -> None:
-        """Show the map that the search exports in TensorBoard, at its episode."""
-        self.logger.picture("arq/exported_map", self.layers, episode)
+    def exported(self, episode: Episode, metrics: dict) -> None:
+        """Show the map that the search exports, its place among all that were tried, and what came out, in TensorBoard.
+
+        :param metrics: of the map's file
+        """
+        self.logger.picture(f"{EXPORTED}/map", self.layers, episode)
+        ratios = [done.acr / done.reference_acr for done in self.done]
+        picture = render_pareto([done.bops_fraction for done in self.done], ratios, episode.episode - 1)
+        self.logger.image(f"{EXPORTED}/pareto", picture, episode.episode)
+        told = {"reward": metrics["reward"], "fresh_reward": metrics["fresh_reward"], "ACR": metrics["acr"]}
+        told |= {"clean_accuracy": metrics["clean_accuracy"], "BOPs_fraction": episode.bops_fraction}
+        self.logger.outcome(
+            _settings(read_json(self.folder / "config.json")), {f"{EXPORTED}/{name}": value for name, value in told.items()}
+        )
 
     def __enter__(self) -> "Recorder":
         return self
@@ -184,3 +237,10 @@ class Recorder:
             self._bar.close()
             with contextlib.suppress(ArqError) if kind else contextlib.nullcontext():  # what happened first is told
                 self.logger.close()
+
+
+def _settings(config: dict) -> dict[str, bool | float | str]:
+    """What of ``config.json`` a reader compares runs by: the search, the problem, and hyperparameters, nested ones as JSON."""
+    problem = {key: config[key] for key in ("env", "algorithm", "seed", "budget", "sigma") if key in config}
+    given = problem | config["hyperparameters"]
+    return {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in given.items()}

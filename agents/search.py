@@ -84,9 +84,9 @@ def search(
             rewards = {tuple(episode.bit_widths.items()): episode.reward for episode in recorder.done}
             _propose(exchange(base, rewards), base, recorder, episodes)
         best, confirmed = confirm(recorder.done, base.evaluator, confirming_steps, progress=progress)
-        recorder.exported(best)
-    told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
-    metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
+        told = ("reward", "acr", "clean_accuracy", "certified_accuracy", "reference_acr", "episode")
+        metrics = {key: getattr(best, key) for key in told} | confirmed | {"episodes": episodes}
+        recorder.exported(best, metrics)
     export_map(folder, base, best.bit_widths, base.default_budget.spec, metrics)
     return best
 

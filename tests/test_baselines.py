@@ -165,7 +165,7 @@ def test_tensorboard_shows_the_same_curves(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     search_toy(tmp_path, "random", episodes=3)
-    rewards = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("arq/reward")
+    rewards = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("1_reward/each_episode")
     assert [e.value for e in rewards] == pytest.approx([e.reward for e in read_trace(tmp_path / "trace.jsonl")])
     assert [e.step for e in rewards] == [1, 2, 3]
 

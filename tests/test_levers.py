@@ -188,7 +188,7 @@ def test_curves_go_on_after_demonstrations(tmp_path):
 
     search_toy(tmp_path, "sac+demonstrations", 14)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("arq/reward")] == list(range(1, 15))
+    assert [event.step for event in events.Scalars("1_reward/each_episode")] == list(range(1, 15))
 
 
 def test_a_search_that_ends_in_exchanges_cannot_be_made_longer(tmp_path):

@@ -88,17 +88,40 @@ def test_where_fine_tuning_is_foretold_the_best_maps_are_fine_tuned(tmp_path):
     assert confirmed["confirmed_steps"] == 0 and confirmed["confirmed_acr"] == judge.evaluate(as_judged.bit_widths).acr
 
 
-def test_tensorboard_has_what_the_readme_promises(tmp_path):
+def test_tensorboard_needs_no_manual(tmp_path):
+    """As it sorts them: sections in the order in which they are read, the reward's curve first; settings and what came out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
-    search_toy(tmp_path, episodes=3)
+    best = search_toy(tmp_path, episodes=3)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    names = {"reward", "acr", "certified_accuracy", "bops_fraction", "actions_at_bounds", "best_reward"}
-    assert {f"arq/{name}" for name in names} | {"rollout/ep_rew_mean"} <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("arq/reward")] == pytest.approx(
-        [e.reward for e in read_trace(tmp_path / "trace.jsonl")]
-    )
-    assert "arq/map" in events.Tags()["images"]
+    scalars, trace = events.Tags()["scalars"], read_trace(tmp_path / "trace.jsonl")
+    assert sorted(scalars)[0] == "1_reward/each_episode"
+    sections = sorted({tag.split("/")[0] for tag in scalars + events.Tags()["images"]})
+    own = ["1_reward", "2_certificate", "3_budget", "4_map", "5_search", "6_exported_map"]
+    assert sections[:6] == own and set(sections[6:]) <= {"rollout", "time", "train"}
+    (about,) = events.Tensors("about/text_summary")
+    assert all(section.encode() in about.tensor_proto.string_val[0] for section in sections)
+    assert [event.value for event in events.Scalars("1_reward/each_episode")] == pytest.approx([e.reward for e in trace])
+    assert {"5_search/actions_at_bounds", "3_budget/BOPs_fraction", "rollout/ep_rew_mean"} <= set(scalars)
+    assert {"4_map/map", "6_exported_map/map", "6_exported_map/pareto"} <= set(events.Tags()["images"])
+
+    told = events.PluginTagToContent("hparams")
+    parse = plugin_data_pb2.HParamsPluginData.FromString
+    experiment = parse(told[metadata.EXPERIMENT_TAG]).experiment
+    settings = {
+        key: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind"))
+        for key, value in parse(told[metadata.SESSION_START_INFO_TAG]).session_start_info.hparams.items()
+    }
+    assert settings["algorithm"] == "td3" and settings["learning_rate"] == 1e-3 and settings["seed"] == 0
+    written = json.loads((tmp_path / "bit_widths.json").read_text())["metrics"]
+    metrics = {info.name.tag for info in experiment.metric_infos}
+    assert "6_exported_map/fresh_reward" in metrics
+    for tag in metrics:
+        ((step, value),) = [(event.step, event.value) for event in events.Scalars(tag)]
+        name = tag.split("/")[1]
+        stated = best.bops_fraction if name == "BOPs_fraction" else written[name.lower()]
+        assert step == 3 and value == pytest.approx(stated)
 
 
 @pytest.mark.parametrize("algorithm, episodes", [("td3", 24), ("random", 12)])
@@ -116,13 +139,16 @@ def test_tensorboard_counts_episodes_and_shows_what_is_there(tmp_path, algorithm
     for step, value in written:
         steps.setdefault(value.tag, []).append(step)
     every = list(range(1, episodes + 1))
-    assert steps.pop("arq/map") == sorted({1, *range(10, episodes + 1, 10), episodes})
-    assert steps.pop("arq/exported_map") == [best.episode]
+    assert steps.pop("4_map/map") == sorted({1, *range(10, episodes + 1, 10), episodes})
+    assert steps.pop("6_exported_map/map") == steps.pop("6_exported_map/pareto") == [best.episode]
+    assert steps.pop("about/text_summary") == [0]
+    ended = [tag for tag in steps if tag.startswith(("6_exported_map/", "_hparams_/"))]
+    assert len(ended) == 5 + 3 and all(steps.pop(tag) in ([0], [episodes]) for tag in ended)
     trained = {tag: s for tag, s in steps.items() if tag.startswith("train/")}
     assert all(s == every[-len(s) :] for s in trained.values()) and bool(trained) == (algorithm == "td3")
     assert all(s == every for tag, s in steps.items() if tag not in trained)
     trace = read_trace(tmp_path / "trace.jsonl")
-    for name, kind in (("arq/weight_bits", 0), ("arq/activation_bits", 1)):
+    for name, kind in (("4_map/weight_bits", 0), ("4_map/activation_bits", 1)):
         for step, value in written:
             if value.tag == name:
                 counts = Counter(bits[kind] for layer, bits in trace[step - 1].bit_widths.items() if layer in ("middle", "deep"))
