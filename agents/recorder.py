@@ -28,12 +28,12 @@ REWARD, CERTIFICATE, BUDGET, MAP, SEARCH, EXPORTED = (
 )
 _SHOWN = {
     REWARD: "10 (ACR / ACR of FP32 - 1) of each episode's map, and the highest so far",
-    CERTIFICATE: "by the reward's certifier, on images of no test: ACR (mean certified radius), also over FP32's; share of images that "
-    "are right, and right with a radius of at least sigma / 2",
+    CERTIFICATE: "by the reward's certifier, on images of no test: ACR (mean certified radius), also over FP32's; share of images "
+    "that are right, and right with a radius of at least sigma / 2",
     BUDGET: "bit operations of the map as a fraction of FP32's",
     MAP: "the map as a picture, and how many layers have which bits",
     SEARCH: "seconds that an evaluation took; share of an agent's actions at the bounds, where it may be stuck",
-    EXPORTED: "at the end: the chosen map, its place among all that were tried, its reward, and that on draws the search did not see",
+    EXPORTED: "at the end: the chosen map, its place among all that were tried, its reward, and that on fresh draws",
     "rollout, time, train": "stable-baselines3's own",
 }
 #: Shown by TensorBoard under Text.
