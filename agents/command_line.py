@@ -155,6 +155,8 @@ def search_options(algorithm: str) -> argparse.Namespace:
 
     :param algorithm: as for :func:`arq_agents.search.search`
     """
+    from arq_env.support.settings import CONFIRMING_STEPS
+
     from .methods import EPISODES, LEARNERS, LEVERS, SIGNS_EPISODES, split_method
 
     name = f"{algorithm.upper()} (stable-baselines3)" if algorithm in LEARNERS else f"the {algorithm.replace('_', ' ')}"
@@ -175,7 +177,18 @@ def search_options(algorithm: str) -> argparse.Namespace:
         help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
     own.add_argument("--test-n", type=whole(10), default=500, help="noise samples counted for each of them")
+    own.add_argument(
+        "--finish",
+        type=whole(1),
+        nargs="?",
+        const=CONFIRMING_STEPS,
+        metavar="BATCHES",
+        help=f"then fine-tune the found map so briefly (alone: {CONFIRMING_STEPS} batches; finalize.py makes the network to ship), "
+        "certify it beside FP32 and the best uniform bits within the budget, and write a report",
+    )
     options = own.parse_args()
+    if options.finish and not options.test_images:
+        own.error("--finish certifies on test images: give --test-images at least 1")
     if options.episodes is None:
         options.episodes = SIGNS_EPISODES if options.env == "ARQ-ResNet20-Signs-v0" else EPISODES
     options.algorithm = "+".join([algorithm, *options.add])

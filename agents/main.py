@@ -8,20 +8,26 @@ import gymnasium
 from tqdm import tqdm
 
 from arq_env import ArqError
-from arq_env.bitwidths import uniform
-from arq_env.comparison import compare_maps
+from arq_env.bitwidths import BitWidthMap, uniform
+from arq_env.comparison import Comparison, certify_on_test_images, compare_maps
 from arq_env.env import ArqEnv, arq_env_of
+from arq_env.finishing import finished_network
+from arq_env.quantization import model_bytes
 from arq_env.registration import ENVIRONMENTS
-from arq_env.report.tables import comparison_table, layer_table
+from arq_env.report.page import write_report
+from arq_env.report.run import read_run
+from arq_env.report.tables import comparison_table, layer_table, verdict
 from arq_env.support.files import write_json
 from arq_env.support.settings import TestSettings
 
 from .command_line import budget_name
 from .search import search
-from .trace import Episode
+from .trace import Episode, read_trace
 
 #: The uniform network that every found map is compared with.
 UNIFORM_BITS = 4
+#: Uniform maps that are judged at most: there are 7 x 7.
+UNIFORM_MAPS = 49
 
 
 def main(options: argparse.Namespace) -> None:
@@ -48,7 +54,9 @@ def main(options: argparse.Namespace) -> None:
     base = arq_env_of(env)
     print(f"\nexported: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
     print(layer_table(base.layers, best.bit_widths))
-    if options.test_images:
+    if options.finish:
+        _finish(base, best, folder, options)
+    elif options.test_images:
         _certify(base, best, folder, options)
 
 
@@ -68,19 +76,55 @@ def make_env(options: argparse.Namespace) -> gymnasium.Env:
 
 def _certify(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
     """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
+    even = uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS, env.end_bits)
+    comparison = _compared(env, {f"W{UNIFORM_BITS}A{UNIFORM_BITS}": even, "found": best.bit_widths}, folder, options)
+    print(comparison_table(comparison))
+    write_json(folder / "certificates.json", comparison.document(env.evaluator))
+
+
+def _compared(env: ArqEnv, maps: dict[str, BitWidthMap], folder: Path, options: argparse.Namespace) -> Comparison:
+    """FP32 and maps certified on the same test images."""
     every = -(-len(env.problem.dataset.test.images) // options.test_images)
-    maps = {
-        f"W{UNIFORM_BITS}A{UNIFORM_BITS}": uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS, env.end_bits),
-        "found": best.bit_widths,
-    }
     settings = TestSettings(every=every, n=options.test_n)
     print(f"\ncertifying on every {every}th test image (the search saw none), n = {settings.n}, alpha = {settings.alpha}:")
-    comparison = compare_maps(
+    return compare_maps(
         env.evaluator,
         maps,
         settings,
         folder=folder / "certificates",
         progress=lambda name: partial(tqdm, desc=name, leave=False),
     )
-    print(comparison_table(comparison))
+
+
+def _finish(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
+    """Certify FP32, the best uniform map within the budget, the found map, and that fine-tuned; print the table, what it says, and
+    the path of the report.
+    """
+    print("\nuniform bits within the budget, judged like the search's maps:")
+    even = search("uniform", env, episodes=UNIFORM_MAPS, folder=folder / "uniform", config={"env": options.env}).bit_widths
+    name = "W{}A{}".format(*even[env.free_layers[0].name])
+    comparison = _compared(env, {name: even, "found": best.bit_widths}, folder, options)
+    print(f"fine-tuning the found map, {options.finish} batches:")
+    network = finished_network(env.evaluator, best.bit_widths, folder / "finished", options.finish)
+    comparison = comparison.with_network(
+        "finished",
+        best.bit_widths,
+        certify_on_test_images(
+            env.problem,
+            network,
+            comparison.settings,
+            progress=partial(tqdm, desc="finished", leave=False),
+            log=folder / "finished" / f"certificates-every{comparison.settings.every}-n{comparison.settings.n}.tsv",
+        ),
+    )
     write_json(folder / "certificates.json", comparison.document(env.evaluator))
+    sizes = {one: model_bytes(env.problem.network, env.layers, comparison.maps.get(one)) for one in comparison.certificates}
+    print(comparison_table(comparison, sizes))
+    print(f"\n{verdict('found', name, *comparison.difference('found', name))}")
+    try:
+        report = write_report(
+            [read_run(folder, read_trace(folder / "trace.jsonl"))], folder / "report", lambda _: env.problem.dataset
+        )
+        print(f"report: {report}")
+    except ArqError as error:  # the result stands without it
+        print(f"no report: {error}")

@@ -242,5 +242,5 @@ class Recorder:
 def _settings(config: dict) -> dict[str, bool | float | str]:
     """What of ``config.json`` a reader compares runs by: the search, the problem, and hyperparameters, nested ones as JSON."""
     problem = {key: config[key] for key in ("env", "algorithm", "seed", "budget", "sigma") if key in config}
-    given = problem | config["hyperparameters"]
+    given = {key: value for key, value in (problem | config["hyperparameters"]).items() if value is not None}
     return {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in given.items()}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from arq_env.certification.chunks import no_progress
 from arq_env.evaluation import Evaluator
 from arq_env.layers import Layer
 from arq_env.problem import Problem
+from arq_env.quantization import model_bytes
 from arq_env.support.files import sha256
 from arq_env.support.provenance import provenance
 from arq_env.support.settings import TestSettings
@@ -44,6 +45,10 @@ class Comparison:
         """ACR of ``a`` minus ACR of ``b``, and the standard error of this paired difference."""
         return paired_difference(self.certificates[a], self.certificates[b])
 
+    def with_network(self, name: str, bit_widths: BitWidthMap, certificates: Certificates) -> "Comparison":
+        """One network more, certified on the same images with the same settings."""
+        return replace(self, maps=self.maps | {name: bit_widths}, certificates=self.certificates | {name: certificates})
+
     def document(self, evaluator: Evaluator) -> dict:
         """Everything as plain data for JSON, with what is needed to redo it."""
         card, (base, *_) = evaluator.problem.card, self.maps
@@ -52,7 +57,12 @@ class Comparison:
             "settings": asdict(self.settings),
             "sigma": evaluator.problem.sigma,
             "networks": {
-                name: summarize(table) | {"bops_fraction": self.bops_fraction(name)} for name, table in self.certificates.items()
+                name: summarize(table)
+                | {
+                    "bops_fraction": self.bops_fraction(name),
+                    "model_bytes": model_bytes(evaluator.problem.network, self.layers, self.maps.get(name)),
+                }
+                for name, table in self.certificates.items()
             },
             "acr_differences": {
                 f"{a} - {b}": dict(zip(("mean", "standard_error"), self.difference(a, b), strict=True))

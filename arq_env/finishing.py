@@ -1,9 +1,10 @@
 """From a map to the finished network of a problem: fine-tuned, and judged on images that no map was rewarded on."""
 
+import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,11 @@ from arq_env.certification import Cohen, certify
 from arq_env.evaluation import Evaluator
 from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.problem import Problem
+from arq_env.quantization.files import load_quantized, save_quantized
 from arq_env.quantization.finetuning import finetune
+from arq_env.support.errors import ArqError
+from arq_env.support.files import sha256
+from arq_env.support.provenance import provenance
 
 #: Images of the reward split that epochs are judged on, at most.
 HELD_OUT = 464
@@ -34,6 +39,24 @@ def finish_briefly(evaluator: Evaluator, bit_widths: BitWidthMap | None, steps: 
     with tempfile.TemporaryDirectory() as folder:
         network, _ = finetune(evaluator.quantizer, bit_widths, recipe, problem.dataset, Path(folder))
     return network
+
+
+def finished_network(evaluator: Evaluator, bit_widths: BitWidthMap, folder: Path, steps: int) -> torch.nn.Module:
+    """The network of :func:`finish_briefly` as ``network.safetensors`` in a folder has it, where it is made once.
+
+    :raises ArqError: when the file there is of another map, network or recipe, or cannot be read or written
+    """
+    problem, path = evaluator.problem, Path(folder) / "network.safetensors"
+    recipe, calibration = asdict(brief_recipe(problem, steps)), [evaluator.settings.seed, evaluator.settings.calibration_images]
+    made_from = sha256(json.dumps([bit_widths, problem.digest, problem.data_digest, recipe, calibration]).encode())
+    if not path.exists():
+        card = {key: problem.card.get(key) for key in ("network", "dataset", "training")}
+        card |= {"sigma": problem.sigma, "recipe": recipe, "made_from": made_from}
+        save_quantized(finish_briefly(evaluator, bit_widths, steps), path, card | provenance())
+    network, card = load_quantized(path, problem.network)
+    if card.get("made_from") != made_from:
+        raise ArqError(f"{path} is of another map, network or recipe: remove {folder}, or choose another --output")
+    return network.to(problem.device)
 
 
 def finish(

@@ -14,6 +14,8 @@ from arq_env.support.files import read_json
 
 #: What the network of a folder of ``finalize.py`` is called, beside those that the search certified.
 FINAL = "final"
+#: The network of a map that was fine-tuned after the search, and the folder of what belongs to it.
+FINISHED = "finished"
 #: What two tables of certificates must share to be compared image by image.
 _SHARED = ("sigma", "n0", "n", "alpha", "seed", "images", "labels", "method")
 _TABLE = re.compile(r"(?P<name>.+)-[0-9a-f]{12}\.tsv")
@@ -216,7 +218,8 @@ def _certified(folder: Path, notes: list[str]) -> list[Certified]:
 def _of_comparison(folder: Path, notes: list[str]) -> list[Certified]:
     """What ``certificates.json`` states, with the tables in ``certificates/`` that it was computed from."""
     stated, networks = _json(folder / "certificates.json", _comparison), []
-    tables = {path: Certificates.from_tsv(path) for path in sorted((folder / "certificates").glob("*.tsv")) if _rows(path)}
+    paths = [*sorted((folder / "certificates").glob("*.tsv")), *sorted((folder / FINISHED).glob("*.tsv"))]
+    tables = {path: Certificates.from_tsv(path) for path in paths if _rows(path)}
     if tables and not stated:
         notes.append(
             "certificates/ holds tables and there is no certificates.json that says whose: run the search's command again."
@@ -227,7 +230,8 @@ def _of_comparison(folder: Path, notes: list[str]) -> list[Certified]:
         network = Certified(name, kept, chosen, None, figures)
         for path, table in tables.items():
             match = _TABLE.fullmatch(path.name)
-            if match and match["name"] == name and len(table) == stated["images"] and abs(table.acr - figures["acr"]) < 1e-9:
+            of = FINISHED if path.parent.name == FINISHED else match and match["name"]
+            if of == name and len(table) == stated["images"] and abs(table.acr - figures["acr"]) < 1e-9:
                 network = Certified(name, _settings(path), chosen, table, figures)
         networks.append(network)
     if without := [network.name for network in networks if network.table is None]:

@@ -70,18 +70,18 @@ def _summary(run: Run) -> Section:
     if run.episodes:
         last = run.episodes[-1]
         tiles.append({"name": "search", "value": duration(last.seconds), "more": f"{last.evaluations} maps evaluated"})
+    found = next((network for network in run.networks if network.name == "found"), own)  # beside uniform bits, neither fine-tuned
     sentence = ""
-    if own is not None and base is not None and own.paired_with(base):
-        sentence = verdict(own.name, base.name, *paired_difference(own.table, base.table))
-    elif own is not None and base is not None:
-        known = _stated(run, own.name, base.name)
-        sentence = verdict(own.name, base.name, *known) if known else ""
+    if found is not None and base is not None and found is not base and (known := _difference(run, found, base)):
+        sentence = verdict(found.name, base.name, *known)
     return Section("In short", caption=sentence, tiles=tiles, wide=True, missing="" if tiles else "No figures are in the folder.")
 
 
-def _stated(run: Run, a: str, b: str) -> tuple[float, float] | None:
-    """The paired difference of two ACRs as the folder states it; None where it does not."""
-    for name, sign in ((f"{a} - {b}", 1), (f"{b} - {a}", -1)):
+def _difference(run: Run, a: Certified, b: Certified) -> tuple[float, float] | None:
+    """The paired difference of two ACRs, from tables or as the folder states it; None where neither tells."""
+    if a.paired_with(b):
+        return paired_difference(a.table, b.table)
+    for name, sign in ((f"{a.name} - {b.name}", 1), (f"{b.name} - {a.name}", -1)):
         if stated := run.differences.get(name):
             return sign * stated["mean"], stated["standard_error"]
     return None
@@ -94,11 +94,8 @@ def _networks(run: Run) -> Section:
     for network in run.networks:
         shown, kept, against = figures_of(network), network.figures, ""
         if base is not None and network is not base:
-            if network.paired_with(base):
-                against = paired_difference(network.table, base.table)
-            else:
-                against = _stated(run, network.name, base.name)
-            against = "{:+.4f} ± {:.4f}".format(*against) if against else "not paired"
+            difference = _difference(run, network, base)
+            against = "{:+.4f} ± {:.4f}".format(*difference) if difference else "not paired"
         size = kept.get("model_bytes")
         rows.append(
             (

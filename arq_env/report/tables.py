@@ -17,10 +17,14 @@ def layer_table(layers: tuple[Layer, ...], bit_widths: BitWidthMap) -> str:
     return _table(rows)
 
 
-def comparison_table(comparison: Comparison) -> str:
-    """One line a network: ACR, clean accuracy, BOPs fraction, and the ACR's paired difference to the first map's."""
+def comparison_table(comparison: Comparison, sizes: dict[str, int] | None = None) -> str:
+    """One line a network: ACR, clean accuracy, BOPs fraction, and the ACR's paired difference to the first map's.
+
+    :param sizes: bytes of each, in a column of their own
+    """
     base = next(iter(comparison.maps))
-    rows = [("network", "ACR", "clean accuracy", "BOPs of FP32", f"ACR - {base} (paired)")]
+    size = () if sizes is None else ("bytes",)
+    rows = [("network", "ACR", "clean accuracy", "BOPs of FP32", *size, f"ACR - {base} (paired)")]
     for name, table in comparison.certificates.items():
         difference, error = comparison.difference(name, base)
         rows.append(
@@ -29,6 +33,7 @@ def comparison_table(comparison: Comparison) -> str:
                 f"{table.acr:.4f} +- {standard_error(table.certified_radius):.4f}",
                 f"{table.clean_accuracy:.3f}",
                 f"{comparison.bops_fraction(name):.3%}",
+                *(() if sizes is None else (f"{sizes[name]:,}",)),
                 "" if name == base else f"{difference:+.4f} +- {error:.4f}",
             )
         )
