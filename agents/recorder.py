@@ -123,7 +123,7 @@ class EpisodeLogger(Logger):
         """Write what came out of a run with these settings, for TensorBoard's HPARAMS; not what else is recorded."""
         told = {"hparams": HParam(settings, metrics), **metrics}
         with _writing(self._folder):
-            self._tensorboard.write(told, dict.fromkeys(told), len(self._done))
+            self._tensorboard.write(told, dict.fromkeys(told, ()), len(self._done))
 
     def close(self) -> None:
         """Write all and close the files."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from arq_env.bitwidths import UNIFORM
-from arq_env.comparison import FP32, paired_difference, paired_ratio
+from arq_env.comparison import FP32
 from arq_env.report import figures
-from arq_env.report.run import Certified, Run, figures_of
+from arq_env.report.run import Run, figures_of
 from arq_env.report.section import Section, duration
 
 #: What runs must share for their rewards to be compared.
@@ -64,11 +64,8 @@ def _table(runs: Sequence[Run]) -> Section:
         if own is not None:
             shown = figures_of(own)
             if own is not first:
-                against = (
-                    "{:+.4f} ± {:.4f}".format(*paired_difference(own.table, first.table))
-                    if own.paired_with(first)
-                    else "not paired"
-                )
+                difference = None if first is None else own.difference(first)
+                against = "{:+.4f} ± {:.4f}".format(*difference) if difference else "not paired"
         limit, last = run.header.get("budget"), run.episodes[-1] if run.episodes else None
         size = own.figures.get("model_bytes") if own is not None else None
         rows.append(
@@ -111,7 +108,7 @@ def _pareto(runs: Sequence[Run]) -> Section:
     placed = [run for run in runs if run.bops_fraction is not None and kind(run) != FP32]
     alike = {_certified_alike(run) for run in placed}
     if len(placed) > 1 and len(alike) == 1 and None not in alike:
-        _by_certificates(said, placed, _unquantized(runs, [run.own for run in placed]))
+        _by_certificates(said, placed, runs)
     elif len(placed) > 1 and all("reward" in run.metrics for run in placed):
         differing = [key for key in _REWARDED_ALIKE if len({repr(run.config.get(key)) for run in placed}) > 1]
         fresh = all("fresh_reward" in run.metrics for run in placed)
@@ -130,32 +127,21 @@ def _pareto(runs: Sequence[Run]) -> Section:
     return said
 
 
-def _by_certificates(said: Section, runs: Sequence[Run], unquantized: Certified | None) -> None:
-    """Draw ACR, over FP32's where that is on the same images, with standard errors."""
-    name = "ACR" if unquantized is None else "ACR over FP32's"
+def _by_certificates(said: Section, placed: Sequence[Run], runs: Sequence[Run]) -> None:
+    """Draw ACRs with standard errors, over FP32's where that is on the same images: finished alike if there is one."""
+    owns = [(run, run.own) for run in placed if run.own is not None]
+    there = [network for run in runs for network in run.networks if network.name == FP32]
+    there = [fp32 for fp32 in there if all(own.paired_with(fp32) for _, own in owns)]
+    fp32 = max(there, key=lambda network: "recipe" in network.figures, default=None)
     rows = []
-    for run in runs:
-        if unquantized is None:
-            shown = figures_of(run.own)
-            value, error = shown["acr"], shown["acr_standard_error"]
-        else:
-            value, error = paired_ratio(run.own.table, unquantized.table)
+    for run, own in owns:
+        shown, ratio = figures_of(own), None if fp32 is None else own.ratio(fp32)
+        value, error = ratio or (shown["acr"], shown["acr_standard_error"])
         rows.append(_point(run) | {"value": value, "standard error": error})
-    said.charts = [figures.pareto(rows, name, None if unquantized is None else 1.0)]
-    paired = "" if unquantized is None else " (paired)"
+    name, paired = ("ACR", "") if fp32 is None else ("ACR over FP32's", " (paired)")
+    said.charts = [figures.pareto(rows, name, None if fp32 is None else 1.0)]
     said.caption = f"{name} on test images, with one standard error{paired}, against bit operations; the line joins maps that no "
     said.caption += "cheaper one reaches."
-
-
-def _unquantized(runs: Sequence[Run], owns: Sequence[Certified]) -> Certified | None:
-    """The FP32 network on the same images as others: finished alike where there is one, else as it was."""
-    there = [
-        network
-        for run in runs
-        for network in run.networks
-        if network.name == FP32 and all(network.paired_with(own) for own in owns)
-    ]
-    return max(there, key=lambda network: "recipe" in network.figures, default=None)
 
 
 def _point(run: Run) -> dict:

@@ -5,13 +5,14 @@ palette of Okabe and Ito, told apart by colour-blind readers, in the order in wh
 lines also differ in dashes, points in shape.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import altair as alt
 import numpy as np
 from scipy import stats
 
 from arq_env.bitwidths import MAX_BITS
+from arq_env.certification import Certificates
 from arq_env.report.run import Certified, Run, Tried
 
 INK = "currentColor"
@@ -54,11 +55,15 @@ def bits(layers: Sequence[dict]) -> tuple[alt.Chart, alt.Chart]:
         }
     )
     order = [layer["name"] for layer in layers]
-    wide = {"minExtent": 44, "maxExtent": 44}  # so that the two stand flush
+    wide = 44  # of both vertical axes, so that the two charts stand flush
     above = alt.Chart(alt.Data(values=rows), height=200).mark_bar()
     above = above.encode(
         alt.X("layer:N", sort=order, axis=alt.Axis(labels=False, ticks=False, title=None)),
-        alt.Y("bits:Q", scale=alt.Scale(domain=[0, MAX_BITS]), axis=alt.Axis(tickCount=4, title="bits", **wide)),
+        alt.Y(
+            "bits:Q",
+            scale=alt.Scale(domain=[0, MAX_BITS]),
+            axis=alt.Axis(tickCount=4, title="bits", minExtent=wide, maxExtent=wide),
+        ),
         alt.XOffset("kind:N", sort=["weight bits", "activation bits"]),
         _colour("kind", ["weight bits", "activation bits"]),
         tooltip=told,
@@ -66,7 +71,7 @@ def bits(layers: Sequence[dict]) -> tuple[alt.Chart, alt.Chart]:
     below = alt.Chart(alt.Data(values=rows[::2]), height=90).mark_bar(color=INK, opacity=0.6)
     below = below.encode(
         alt.X("layer:N", sort=order, axis=alt.Axis(labelAngle=-90, labelLimit=130, title=None)),
-        alt.Y("share of BOPs:Q", axis=alt.Axis(format="~%", tickCount=3, title="share of BOPs", **wide)),
+        alt.Y("share of BOPs:Q", axis=alt.Axis(format="~%", tickCount=3, title="share of BOPs", minExtent=wide, maxExtent=wide)),
         tooltip=told,
     )
     return above, below
@@ -157,12 +162,15 @@ def certified_accuracy(networks: Sequence[tuple[str, Certified]]) -> alt.LayerCh
     return alt.layer(lines, points, rule)
 
 
-def probabilities(networks: Sequence[tuple[str, Certified]]) -> alt.Chart:
-    """How many images have which lower bound on the probability of the top class, p_A = Phi(radius / sigma), where it is right."""
-    names, rows = [name for name, _ in networks], []
+def probabilities(networks: Sequence[tuple[str, Certificates, float]]) -> alt.Chart:
+    """How many images have which lower bound on the probability of the top class, p_A = Phi(radius / sigma), where it is right.
+
+    :param networks: name, certificates, sigma
+    """
+    names, rows = [name for name, *_ in networks], []
     edges = np.arange(0.5, 1 + BIN / 2, BIN)
-    for name, network in networks:
-        lower = stats.norm.cdf(network.table.certified_radius[network.table.correct] / network.settings["sigma"])
+    for name, table, sigma in networks:
+        lower = stats.norm.cdf(table.certified_radius[table.correct] / sigma)
         counts = np.histogram(np.minimum(lower, 1), edges)[0]
         for start, count in zip(edges, counts, strict=False):
             rows.append({"network": name, "from": f"{start:.2f}", "images": int(count), "p_A": f"{start:.2f} to {start + BIN:.2f}"})
@@ -254,7 +262,7 @@ def _episode(episode: Tried) -> dict:
 _EPISODE = {"episode": "d", "reward": ".4f", "ACR": ".4f", "ACR over FP32": ".4f", "BOPs of FP32": ".4%"}
 
 
-def _told(shown: dict[str, str | None]) -> list[alt.Tooltip]:
+def _told(shown: Mapping[str, str | None]) -> list[alt.Tooltip]:
     """Tooltips: each field with the format of its numbers, or None where it is text."""
     return [
         alt.Tooltip(f"{name}:N", title=name) if shape is None else alt.Tooltip(f"{name}:Q", title=name, format=shape)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from arq_env.bitwidths import FORMAT, UNIFORM
 from arq_env.certification import Certificates, smoothing_radius
-from arq_env.comparison import FP32, standard_error
+from arq_env.comparison import FP32, paired_difference, paired_ratio, standard_error
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json
 
@@ -54,7 +54,19 @@ class Certified:
 
     def paired_with(self, other: "Certified") -> bool:
         """Whether the two can be compared image by image."""
-        return None not in (self.table, other.table) and self.settings == other.settings
+        return self.table is not None and other.table is not None and self.settings == other.settings
+
+    def difference(self, other: "Certified") -> tuple[float, float] | None:
+        """This ACR minus the other, paired, and its standard error; None where they cannot be compared image by image."""
+        if self.table is None or other.table is None or self.settings != other.settings:
+            return None
+        return paired_difference(self.table, other.table)
+
+    def ratio(self, other: "Certified") -> tuple[float, float] | None:
+        """This ACR over the other, paired, and its standard error; None likewise."""
+        if self.table is None or other.table is None or self.settings != other.settings:
+            return None
+        return paired_ratio(self.table, other.table)
 
     @property
     def curve(self) -> list[tuple[float, float]]:
@@ -111,7 +123,8 @@ def read_run(folder: Path, episodes: Sequence[Tried] = ()) -> Run:
     :param episodes: of its trace, which whoever knows searches has read
     :raises ArqError: when it holds nothing to report, or a file in it that cannot be read
     """
-    folder, notes = Path(folder), []
+    folder = Path(folder)
+    notes: list[str] = []
     config = _json(folder / "config.json", dict)
     document = _json(folder / "bit_widths.json", _map)
     networks = _certified(folder, notes)

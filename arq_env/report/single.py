@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arq_env.comparison import FP32, paired_difference
+from arq_env.certification import Certificates
 from arq_env.datasets.augment import as_tensor, to_float
 from arq_env.report import figures
 from arq_env.report.run import Certified, Run, figures_of
@@ -79,8 +79,8 @@ def _summary(run: Run) -> Section:
 
 def _difference(run: Run, a: Certified, b: Certified) -> tuple[float, float] | None:
     """The paired difference of two ACRs, from tables or as the folder states it; None where neither tells."""
-    if a.paired_with(b):
-        return paired_difference(a.table, b.table)
+    if (paired := a.difference(b)) is not None:
+        return paired
     for name, sign in ((f"{a.name} - {b.name}", 1), (f"{b.name} - {a.name}", -1)):
         if stated := run.differences.get(name):
             return sign * stated["mean"], stated["standard_error"]
@@ -178,44 +178,47 @@ def _accuracy(run: Run) -> Section:
 
 
 def _probabilities(run: Run) -> Section:
-    said, whole = Section("Certainty", "probabilities"), [network for network in run.networks if network.table is not None]
+    said = Section("Certainty", "probabilities")
+    whole = [(network.name, network.table, network.settings["sigma"]) for network in run.networks if network.table is not None]
     if not whole:
         said.missing = "No certificates image by image are in the folder, so the distribution of p_A is not shown."
         return said
-    said.charts = [figures.probabilities([(network.name, network) for network in whole])]
-    reach = whole[-1].settings["alpha"] ** (1 / whole[-1].settings["n"])
-    wrong = ", ".join(f"{network.name} {int((~network.table.correct).sum())}" for network in whole)
+    said.charts = [figures.probabilities(whole)]
+    settings = next(network.settings for network in reversed(run.networks) if network.table is not None)
+    reach = settings["alpha"] ** (1 / settings["n"])
+    wrong = ", ".join(f"{name} {int((~table.correct).sum())}" for name, table, _ in whole)
     said.caption = (
         "Test images by the lower bound on p_A, the probability of the right class under noise: Phi(radius / sigma), at most "
-        f"{reach:.4f} with n = {whole[-1].settings['n']:,}. Wrong or abstained: {wrong}."
+        f"{reach:.4f} with n = {settings['n']:,}. Wrong or abstained: {wrong}."
     )
     return said
 
 
 def _changed(run: Run, datasets: Datasets) -> Section:
     said, own = Section("Images whose certificate changed most", wide=True), run.own
-    others = [network for network in run.networks if own is not None and network is not own and own.paired_with(network)]
-    if not others:
+    alike = [network for network in run.networks if own is not None and network.settings == own.settings]
+    tables = {network.name: network.table for network in alike if network.table is not None}
+    if own is None or own.table is None or len(tables) < 2:
         said.missing = (
             "No two networks with certificates image by image, on the same images, are in the folder: no changes to show."
         )
         return said
-    before = next((network for network in others if network.name == FP32), others[0])
+    before = next(iter(tables))  # FP32 where it is there
     try:
         images, labels, names = _test_images(run, own, datasets)
     except ArqError as error:
         said.missing = f"The images whose certificate changed most are not shown: {error}."
         return said
-    change = own.table.certified_radius - before.table.certified_radius
+    change = own.table.certified_radius - tables[before].certified_radius
     order = [row for row in np.argsort(-np.abs(change), kind="stable")[:PICTURES] if change[row]]
     lost, gained = int((change < 0).sum()), int((change > 0).sum())
     said.caption = (
-        f"From {before.name} to {own.name} the certified radius (0 where the answer is wrong or none) shrinks for {lost} images, "
+        f"From {before} to {own.name} the certified radius (0 where the answer is wrong or none) shrinks for {lost} images, "
         f"grows for {gained}, and stays for {len(change) - lost - gained}. The largest changes first:"
     )
     every, offset = own.images
     for row in order:
-        answers = [(network.name, _answer(network, row, names)) for network in (*others, own)]
+        answers = [(name, _answer(table, row, names)) for name, table in tables.items()]
         said.pictures.append(
             {
                 "picture": _png(images[row]),
@@ -242,8 +245,8 @@ def _test_images(run: Run, network: Certified, datasets: Datasets) -> tuple[np.n
     return images, labels, dataset.classes
 
 
-def _answer(network: Certified, row: int, names: Sequence[str]) -> str:
-    prediction, radius = int(network.table.prediction[row]), float(network.table.radius[row])
+def _answer(table: Certificates, row: int, names: Sequence[str]) -> str:
+    prediction, radius = int(table.prediction[row]), float(table.radius[row])
     return "abstains" if prediction < 0 else f"{names[prediction]}, {radius:.3f}"
 
 
