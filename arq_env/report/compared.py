@@ -177,6 +177,6 @@ def _accuracy(runs: Sequence[Run]) -> Section:
             f"{len(certified)} runs are too many for one chart of certified accuracy: give at most {len(figures.COLOURS)}."
         )
     else:
-        said.charts = [figures.certified_accuracy([(run.name, run.own) for run in certified])]
+        said.charts = [figures.certified_accuracy([(run.name, run.own) for run in certified if run.own is not None])]
         said.caption = "Share of test images that are predicted rightly with at least this radius (L2, pixels in [0, 1])."
     return said

@@ -15,6 +15,7 @@ from arq_env.bitwidths import MAX_BITS
 from arq_env.certification import Certificates
 from arq_env.report.run import Certified, Run, Tried
 
+Layered = alt.LayerChart | alt.FacetChart
 INK = "currentColor"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#AA8800", "#56B4E9")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 4])
@@ -77,35 +78,35 @@ def bits(layers: Sequence[dict]) -> tuple[alt.Chart, alt.Chart]:
     return above, below
 
 
-def rewards(episodes: Sequence[Tried]) -> alt.LayerChart:
+def rewards(episodes: Sequence[Tried]) -> Layered:
     """Each episode's reward, and the best so far."""
     best = np.maximum.accumulate([episode.reward for episode in episodes])
     rows = [_episode(episode) | {"best so far": float(b)} for episode, b in zip(episodes, best, strict=True)]
     data, y = alt.Chart(alt.Data(values=rows), height=HEIGHT), alt.Scale(zero=False)
-    points = data.mark_point(color=COLOURS[0], filled=True, opacity=0.7, size=35)
+    points = data.mark_point(color=COLOURS[0], filled=True, size=30)
     line = data.mark_line(color=INK, interpolate="step-after")
     return line.encode(_over("episode"), alt.Y("best so far:Q", scale=y, title="reward")) + points.encode(
         _over("episode"), alt.Y("reward:Q", scale=y, title="reward"), tooltip=_told(_EPISODE)
     )
 
 
-def radii(episodes: Sequence[Tried]) -> alt.LayerChart:
+def radii(episodes: Sequence[Tried]) -> Layered:
     """Each episode's ACR under the reward's certifier, and that of FP32."""
     rows = [_episode(episode) for episode in episodes]
     data, y = alt.Chart(alt.Data(values=rows), height=HEIGHT), alt.Scale(zero=False)
-    points = data.mark_point(color=COLOURS[0], filled=True, opacity=0.7, size=35)
+    points = data.mark_point(color=COLOURS[0], filled=True, size=30)
     rule = data.mark_line(color=INK, strokeDash=DASHES[1])
     return rule.encode(_over("episode"), alt.Y("ACR of FP32:Q", scale=y, title="ACR")) + points.encode(
         _over("episode"), alt.Y("ACR:Q", scale=y, title="ACR"), tooltip=_told(_EPISODE)
     )
 
 
-def budget(episodes: Sequence[Tried], limit: float | None, exported: int | None) -> alt.LayerChart:
+def budget(episodes: Sequence[Tried], limit: float | None, exported: int | None) -> Layered:
     """BOPs of each map tried, against its ACR over FP32's; the budget as a line, the exported map ringed."""
     rows = [_episode(episode) for episode in episodes]
     x = alt.X("BOPs of FP32:Q", scale=alt.Scale(zero=False), axis=alt.Axis(format=".2~%", tickCount=5))
     y = alt.Y("ACR over FP32:Q", scale=alt.Scale(zero=False))
-    tried = alt.Chart(alt.Data(values=rows), height=HEIGHT).mark_point(filled=True, size=35, opacity=0.7, color=COLOURS[0])
+    tried = alt.Chart(alt.Data(values=rows), height=HEIGHT).mark_point(filled=True, size=30, color=COLOURS[0])
     layers = [tried.encode(x, y, tooltip=_told(_EPISODE))]
     chosen = [row for row in rows if row["episode"] == exported]
     if chosen:
@@ -131,7 +132,7 @@ def seconds(episodes: Sequence[Tried]) -> alt.Chart:
     return lines.encode(_over("episode"), alt.Y("minutes:Q"), *_lines("time", kinds), tooltip=told)
 
 
-def certified_accuracy(networks: Sequence[tuple[str, Certified]]) -> alt.LayerChart:
+def certified_accuracy(networks: Sequence[tuple[str, Certified]]) -> Layered:
     """Certified accuracy against radius, a line for each named network; the line under the pointer tells all at its radius."""
     names = [name for name, _ in networks]
     rows = [
@@ -176,7 +177,7 @@ def probabilities(networks: Sequence[tuple[str, Certificates, float]]) -> alt.Ch
             rows.append({"network": name, "from": f"{start:.2f}", "images": int(count), "p_A": f"{start:.2f} to {start + BIN:.2f}"})
     bars = alt.Chart(alt.Data(values=rows), height=HEIGHT + 40).mark_bar()
     return bars.encode(
-        alt.X("from:O", title="lower bound on p_A, from", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        alt.X("from:O", title="lower bound on p_A, from", axis=alt.Axis(labelAngle=0, labelOverlap="greedy", labelSeparation=8)),
         alt.Y("images:Q", axis=alt.Axis(tickMinStep=1)),
         alt.XOffset("network:N", sort=names),
         _colour("network", names),
@@ -186,7 +187,7 @@ def probabilities(networks: Sequence[tuple[str, Certificates, float]]) -> alt.Ch
 
 def progress(runs: Sequence[Run], kinds: Sequence[str]) -> alt.Chart:
     """Best reward so far against maps evaluated, a line for each run, coloured by what kind of search it is."""
-    rows = []
+    rows: list[dict] = []
     for run, kind in zip(runs, kinds, strict=True):
         best = np.maximum.accumulate([episode.reward for episode in run.episodes]) if run.episodes else ()
         rows += [
@@ -202,7 +203,7 @@ def progress(runs: Sequence[Run], kinds: Sequence[str]) -> alt.Chart:
     return lines.encode(_over("maps evaluated"), y, *kinds, detail="run:N", tooltip=told)
 
 
-def pareto(rows: Sequence[dict], y: str, reference: float | None) -> alt.LayerChart:
+def pareto(rows: Sequence[dict], y: str, reference: float | None) -> Layered:
     """BOPs against a value, a point a run with its standard error; the line is of those that no cheaper run exceeds.
 
     :param rows: ``run, kind, BOPs of FP32, value``, and ``standard error`` where there is one

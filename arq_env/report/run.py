@@ -24,15 +24,22 @@ _TABLE = re.compile(r"(?P<name>.+)-[0-9a-f]{12}\.tsv")
 class Tried(Protocol):
     """One episode of a search, as :class:`arq_agents.trace.Episode` has it."""
 
-    episode: int
-    reward: float
-    bit_widths: dict
-    bops_fraction: float
-    acr: float
-    reference_acr: float
-    evaluation_seconds: float
-    evaluations: int
-    seconds: float
+    @property
+    def episode(self) -> int: ...
+    @property
+    def reward(self) -> float: ...
+    @property
+    def bops_fraction(self) -> float: ...
+    @property
+    def acr(self) -> float: ...
+    @property
+    def reference_acr(self) -> float: ...
+    @property
+    def evaluation_seconds(self) -> float: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
 
 
 @dataclass(frozen=True)

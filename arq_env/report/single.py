@@ -50,7 +50,8 @@ def sections(run: Run, datasets: Datasets) -> list[Section]:
 
 def _summary(run: Run) -> Section:
     """Figures that come first: tiles, and the sentence that says whether the map wins."""
-    tiles, own, base, limit = [], run.own, run.base, run.header.get("budget")
+    own, base, limit = run.own, run.base, run.header.get("budget")
+    tiles: list[dict] = []
     if own is not None:
         shown = figures_of(own)
         tiles.append({"name": f"ACR, {own.name}", "value": f"{shown['acr']:.4f}", "more": f"± {shown['acr_standard_error']:.4f}"})
