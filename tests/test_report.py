@@ -113,6 +113,26 @@ def test_pictures_of_other_images_are_not_shown(searched):
 
 
 @pytest.mark.parametrize(
+    "budget, told, share",
+    [
+        (0.02, "budget 2.0000% of FP32's bit operations", True),
+        ({"bops": 0.02, "bytes": 120_000}, "budget 2.0000% of FP32's bit operations and 120,000 bytes", True),
+        ({"latency": {"milliseconds": 3.5, "table": "t.json", "sha256": "0"}}, "budget 3.5 ms", False),
+    ],
+)
+def test_budgets_of_every_kind(folder, budget, told, share):
+    document = json.loads((folder / "bit_widths.json").read_text()) | {"budget": budget}
+    (folder / "bit_widths.json").write_text(json.dumps(document))
+    run = read(folder)
+    tiles = {tile["name"]: tile for tile in titled(single.sections(run, toy), "In short").tiles}
+    assert told in single.title(run)[1]
+    assert tiles["bit operations"].get("share") == (pytest.approx(document["bops_fraction"] / 0.02) if share else None)
+    assert ("120,000" in told) == ("share" in tiles["size"])
+    named = "The budget is not one" in titled(single.sections(run, toy), "Use of the budget").caption
+    assert named != share
+
+
+@pytest.mark.parametrize(
     "gone, said",
     [
         ("trace.jsonl", {"Search": "No trace.jsonl"}),

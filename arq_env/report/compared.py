@@ -66,7 +66,7 @@ def _table(runs: Sequence[Run]) -> Section:
             if own is not first:
                 difference = None if first is None else own.difference(first)
                 against = "{:+.4f} ± {:.4f}".format(*difference) if difference else "not paired"
-        limit, last = run.header.get("budget"), run.episodes[-1] if run.episodes else None
+        limit, last = run.limits.get("bops"), run.episodes[-1] if run.episodes else None
         size = own.figures.get("model_bytes") if own is not None else None
         rows.append(
             (

@@ -112,6 +112,13 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def limits(self) -> dict[str, float]:
+        """What the budget allows: ``bops``, a fraction of FP32's, ``bytes``, ``milliseconds``; empty where none is named."""
+        budget = self.header.get("budget", {})
+        given = budget.items() if isinstance(budget, dict) else [("bops", budget)]
+        return dict(("milliseconds", limit["milliseconds"]) if isinstance(limit, dict) else (kind, limit) for kind, limit in given)
+
+    @property
     def own(self) -> Certified | None:
         """The network that the folder is about: the finished one, else the found one; None where neither is certified."""
         last = self.networks[-1] if self.networks else None

@@ -25,8 +25,9 @@ def title(run: Run) -> tuple[str, str]:
     if "network" in known and "dataset" in known:
         what = f"{known['network']} on {known['dataset']}"
     told = [f"noise sigma {known['sigma']:g}"] if "sigma" in known else []
-    if "budget" in known:
-        told.append(f"budget {known['budget']:.4%} of FP32's bit operations")
+    if run.limits:
+        shown = {"bops": "{:.4%} of FP32's bit operations", "bytes": "{:,} bytes", "milliseconds": "{:g} ms"}
+        told.append("budget " + " and ".join(shown[kind].format(limit) for kind, limit in run.limits.items() if kind in shown))
     if run.episodes:
         told.append(f"{len(run.episodes)} episodes")
     if "algorithm" in run.config:
@@ -50,24 +51,18 @@ def sections(run: Run, datasets: Datasets) -> list[Section]:
 
 def _summary(run: Run) -> Section:
     """Figures that come first: tiles, and the sentence that says whether the map wins."""
-    own, base, limit = run.own, run.base, run.header.get("budget")
+    own, base = run.own, run.base
     tiles: list[dict] = []
     if own is not None:
         shown = figures_of(own)
         tiles.append({"name": f"ACR, {own.name}", "value": f"{shown['acr']:.4f}", "more": f"± {shown['acr_standard_error']:.4f}"})
         tiles.append({"name": "clean accuracy", "value": f"{shown['clean_accuracy']:.1%}", "more": _made_with(own)})
     if run.bops_fraction is not None:
-        used = f"{run.bops_fraction / limit:.1%} of the budget" if limit else "of FP32's"
         tiles.append(
-            {
-                "name": "bit operations",
-                "value": f"{run.bops_fraction:.3%}",
-                "more": used,
-                "share": limit and run.bops_fraction / limit,
-            }
+            {"name": "bit operations", "value": f"{run.bops_fraction:.3%}"} | _used(run, "bops", run.bops_fraction, "of FP32's")
         )
-    if own is not None and own.figures.get("model_bytes") is not None:
-        tiles.append({"name": "size", "value": f"{own.figures['model_bytes']:,} bytes", "more": "weights packed at their bits"})
+    if own is not None and (size := own.figures.get("model_bytes")) is not None:
+        tiles.append({"name": "size", "value": f"{size:,} bytes"} | _used(run, "bytes", size, "weights packed at their bits"))
     if run.episodes:
         last = run.episodes[-1]
         tiles.append({"name": "search", "value": duration(last.seconds), "more": f"{last.evaluations} maps evaluated"})
@@ -76,6 +71,13 @@ def _summary(run: Run) -> Section:
     if found is not None and base is not None and found is not base and (known := _difference(run, found, base)):
         sentence = verdict(found.name, base.name, *known)
     return Section("In short", caption=sentence, tiles=tiles, wide=True, missing="" if tiles else "No figures are in the folder.")
+
+
+def _used(run: Run, kind: str, cost: float, otherwise: str) -> dict:
+    """How much of the budget of a kind is used, as a tile has it; ``otherwise`` where it has no such limit."""
+    if kind not in run.limits:
+        return {"more": otherwise}
+    return {"more": f"{cost / run.limits[kind]:.1%} of the budget", "share": cost / run.limits[kind]}
 
 
 def _difference(run: Run, a: Certified, b: Certified) -> tuple[float, float] | None:
@@ -139,7 +141,7 @@ def _search(run: Run) -> list[Section]:
     """Reward, ACR, budget and time over episodes."""
     if not run.episodes:
         return [Section("Search", missing="No trace.jsonl is in the folder, so nothing is shown of a search.")]
-    limit, exported = run.header.get("budget"), run.metrics.get("episode")
+    limit, exported = run.limits.get("bops"), run.metrics.get("episode")
     ringed = f" Ringed: the exported map, episode {exported}." if exported else ""
     return [
         Section(
@@ -154,7 +156,7 @@ def _search(run: Run) -> list[Section]:
         Section(
             "Use of the budget",
             "budget",
-            f"Each map that was tried. {'Dashed: the budget.' if limit else 'The folder names no budget.'}{ringed}",
+            f"Each map that was tried. {'Dashed: the budget.' if limit else 'The budget is not one of bit operations.'}{ringed}",
             [figures.budget(run.episodes, limit, exported)],
         ),
         Section(
