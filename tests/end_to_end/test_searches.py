@@ -49,6 +49,20 @@ def test_main_job_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
+def test_from_search_to_report_in_one_command(tmp_path):
+    pytest.importorskip("vl_convert")
+    done = script("train_td3", *SHORT, "--budget", "0.007", "--finish", "2", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split()[0] for line in done.stdout.splitlines() if "+-" in line]
+    assert (rows[0], rows[2:]) == ("FP32", ["found", "finished"]) and rows[1].startswith("W")
+    *_, sentence, report = done.stdout.splitlines()
+    assert sentence.startswith("The found map ") and "two standard errors" in sentence
+    assert report == f"report: {tmp_path / 'run' / 'report' / 'report.html'}" and (tmp_path / "run/report/report.html").exists()
+    networks = json.loads((tmp_path / "run" / "certificates.json").read_text())["networks"]
+    assert list(networks) == rows and networks[rows[1]]["bops_fraction"] <= 0.007 >= networks["found"]["bops_fraction"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_ddpg", "train_sac", "solve_integer_program"])
 def test_other_searches_run(tmp_path, name):
     done = script(name, *SHORT[:2], "--episodes", "3", "--test-images", "0", "--output", tmp_path)
