@@ -25,4 +25,4 @@ def test_the_wheel_holds_two_packages_with_their_data(tmp_path):
     sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "arq_env").rglob("*.py")}
     assert sources <= set(names)
     weights = {f"arq_env/networks/weights/{path.name}" for path in (ROOT / "arq_env/networks/weights").iterdir()}
-    assert weights <= set(names)
+    assert weights | {"arq_env/report/page.html.j2"} <= set(names)
