@@ -141,13 +141,33 @@ def add_finishing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=whole(10), default=200, help="noise samples that count a class there")
 
 
-def add_processes(parser: argparse.ArgumentParser, what: str, default: int | None = 1) -> None:
-    """The option ``--processes``, with what each of them does one of at a time.
+def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    """The options ``--engine`` and ``--processes``: both are ``options.engine``, for :func:`arq_agents.main.engine_of`.
 
-    :param default: None for as many as torch has threads, which the script fills in
+    :param what: is done several at a time
     """
-    shown = f"{what} at a time, one thread each" + (" (default: as many as torch has threads)" if default is None else "")
-    parser.add_argument("--processes", type=whole(1), default=default, help=shown)
+    parser.add_argument(
+        "--engine",
+        metavar="ENGINE",
+        help=f"what runs {what}, each on one thread: serial, processes[:NUMBER], dask[:ADDRESS] or ray[:ADDRESS] "
+        "(default: processes, as many as torch has threads; on a GPU serial)",
+    )
+    parser.add_argument(
+        "--processes",
+        dest="engine",
+        type=_processes,
+        default=argparse.SUPPRESS,
+        metavar="NUMBER",
+        help="--engine processes:NUMBER; auto for as many as torch has threads",
+    )
+
+
+def _processes(text: str) -> str:
+    """The engine that a number of processes, or ``auto``, stands for."""
+    return "processes" if text == "auto" else f"processes:{whole(1, 4_096)(text)}"
+
+
+_processes.__name__ = "number or auto"
 
 
 def search_options(algorithm: str) -> argparse.Namespace:
@@ -186,6 +206,7 @@ def search_options(algorithm: str) -> argparse.Namespace:
         help=f"then fine-tune the found map so briefly (alone: {CONFIRMING_STEPS} batches; finalize.py makes the network to ship), "
         "certify it beside FP32 and the best uniform bits within the budget, and write a report",
     )
+    add_engine(own, "parts of evaluations and certificates")
     options = own.parse_args()
     if options.finish and not options.test_images:
         own.error("--finish certifies on test images: give --test-images at least 1")

@@ -1,26 +1,17 @@
-"""What maps are worth once finished: each fine-tuned by one short recipe and certified on test images, in worker processes.
+"""What maps are worth once finished: each fine-tuned by one short recipe and certified on test images, by an engine.
 
 A search can win its reward and lose the network; this is the number that counts. Options are those of a script that has called
 :func:`arq_agents.command_line.add_finishing` and :func:`arq_agents.command_line.add_environment`.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Hashable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
-from multiprocessing import connection
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from arq_env.bitwidths import BitWidthMap
@@ -28,6 +19,7 @@ from arq_env.comparison import TestSettings, certify_on_test_images
 from arq_env.env import arq_env_of
 from arq_env.evaluation import Evaluator
 from arq_env.finishing import brief_recipe, finish_briefly
+from arq_env.support.engines import Engine
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json, sha256, write_json
 from arq_env.support.provenance import provenance
@@ -37,61 +29,24 @@ from .main import make_env
 Name = TypeVar("Name", bound=Hashable)
 
 
-@contextlib.contextmanager
-def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes; leaving its block by Ctrl-C or an error ends them at once.
-
-    :raises ArqError: when one of them is killed
-    """
-    context = multiprocessing.get_context("spawn")
-    open_end, held_end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (open_end,))
-    try:
-        yield pool
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        raise ArqError("a worker process was killed, perhaps for its memory: run the same command again, it goes on") from error
-    finally:
-        held_end.close()
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(open_end: connection.Connection) -> None:
-    """One thread, no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition.
-
-    :param open_end: of a pipe; the worker ends when the parent closes the other end
-    """
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # a worker has one
-
-    def watch() -> None:
-        connection.wait([parent.sentinel, open_end])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def finish(
-    pool: ProcessPoolExecutor, maps: Mapping[Name, BitWidthMap | None], options: argparse.Namespace, store: Path
+    engine: Engine, maps: Mapping[Name, BitWidthMap | None], options: argparse.Namespace, store: Path
 ) -> dict[Name, np.ndarray]:
     """Name to certified radii on test images of the finished map; a map that has two names is finished once.
 
-    :param pool: of workers from :func:`workers`
+    :param engine: makes as many at a time as it has workers
     :param maps: name to map, None for the FP32 network after the same fine-tuning
     :param store: folder where results are kept
     """
     keys = {name: json.dumps(bit_widths) for name, bit_widths in maps.items()}
     distinct = {key: maps[name] for name, key in keys.items()}
-    tasks = {key: pool.submit(_finish_one, bit_widths, options, store) for key, bit_widths in distinct.items()}
+    tasks = {key: engine.submit(_finish_one, bit_widths, options, store) for key, bit_widths in distinct.items()}
     radii = {key: task.result() for key, task in tqdm(tasks.items(), desc="finishing", unit="map")}
     return {name: radii[key] for name, key in keys.items()}
 
 
 def _finish_one(bit_widths: BitWidthMap | None, options: argparse.Namespace, store: Path) -> np.ndarray:
-    """One map in a worker process."""
+    """One map, in a worker."""
     evaluator = arq_env_of(make_env(options)).evaluator
     settings = TestSettings(every=options.every, n0=32, n=options.n)
     return finished_radii(evaluator, bit_widths, store / "finished", steps=options.steps, settings=settings)

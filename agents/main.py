@@ -1,6 +1,7 @@
 """The command behind the scripts that run one search: search, export the best map, certify it beside FP32 and uniform 4 bits."""
 
 import argparse
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from arq_env.registration import ENVIRONMENTS
 from arq_env.report.page import write_report
 from arq_env.report.run import read_run
 from arq_env.report.tables import comparison_table, layer_table, verdict
+from arq_env.support.engines import Engine, engine
 from arq_env.support.files import write_json
 from arq_env.support.settings import TestSettings
 
@@ -43,21 +45,22 @@ def main(options: argparse.Namespace) -> None:
     print(
         f"{algorithm} on {options.env}: at most {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})"
     )
-    best = search(
-        algorithm,
-        env,
-        episodes=options.episodes,
-        folder=folder,
-        seed=options.seed,
-        config={"env": options.env},
-    )
     base = arq_env_of(env)
-    print(f"\nexported: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
-    print(layer_table(base.layers, best.bit_widths))
-    if options.finish:
-        _finish(base, best, folder, options)
-    elif options.test_images:
-        _certify(base, best, folder, options)
+    with engine_of(options) as base.evaluator.engine:
+        best = search(
+            algorithm,
+            env,
+            episodes=options.episodes,
+            folder=folder,
+            seed=options.seed,
+            config={"env": options.env},
+        )
+        print(f"\nexported: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
+        print(layer_table(base.layers, best.bit_widths))
+        if options.finish:
+            _finish(base, best, folder, options)
+        elif options.test_images:
+            _certify(base, best, folder, options)
 
 
 def make_env(options: argparse.Namespace) -> gymnasium.Env:
@@ -72,6 +75,15 @@ def make_env(options: argparse.Namespace) -> gymnasium.Env:
         if "keyword argument" not in str(error):
             raise
         raise ArqError(f"{options.env} is not one of this package's: choose one of {', '.join(ENVIRONMENTS)}") from error
+
+
+def engine_of(options: argparse.Namespace) -> contextlib.AbstractContextManager[Engine]:
+    """The engine that a command line asks for: ``options.engine``, or by default processes, but for one GPU none beside this one.
+
+    :raises ArqError: when the block is entered, as :func:`arq_env.support.engines.engine`
+    """
+    on_cpu = str(getattr(options, "device", "cpu")).startswith("cpu")
+    return engine(options.engine or ("processes" if on_cpu else "serial"))
 
 
 def _certify(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
@@ -92,6 +104,7 @@ def _compared(env: ArqEnv, maps: dict[str, BitWidthMap], folder: Path, options: 
         maps,
         settings,
         folder=folder / "certificates",
+        map=env.evaluator.engine.map,
         progress=lambda name: partial(tqdm, desc=name, leave=False),
     )
 
@@ -113,6 +126,7 @@ def _finish(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespac
             env.problem,
             network,
             comparison.settings,
+            map=env.evaluator.engine.map,
             progress=partial(tqdm, desc="finished", leave=False),
             log=folder / "finished" / f"certificates-every{comparison.settings.every}-n{comparison.settings.n}.tsv",
         ),

@@ -10,6 +10,8 @@ LEARNERS = ("ddpg", "td3", "sac")
 AGENTS = (*LEARNERS, "arq")
 SEARCHES = ("uniform", "random", "greedy", "integer_program", "evolution", "parzen")
 WITH_OPTUNA = ("evolution", "parzen")
+#: Those that propose the same maps whatever their rewards are.
+PLANNED = ("uniform", "random", "integer_program")
 #: Those that start from measured sensitivities, which take :func:`arq_env.sensitivity.forward_passes`.
 WITH_SENSITIVITIES = ("greedy", "integer_program")
 

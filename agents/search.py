@@ -1,7 +1,7 @@
 """One search from first episode to exported map, resumable at every episode."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from arq_env.bitwidths import BitWidthMap
 from arq_env.env import REWARD_SCALE, ArqEnv, arq_env_of
-from arq_env.evaluation import Evaluator
+from arq_env.evaluation import Evaluation, Evaluator
 from arq_env.finishing import finish_briefly
 from arq_env.search_space import SearchSpace
 from arq_env.support.errors import ArqError
@@ -25,7 +25,7 @@ from .algorithms import WARM_UP_EPISODES, build_agent
 from .baselines import BASELINES, Proposals
 from .callbacks import RecordEpisodes
 from .levers import EXCHANGES, changes, demonstrate, demonstrations, exchange, seen_with
-from .methods import AGENTS, split_method
+from .methods import AGENTS, PLANNED, split_method
 from .recorder import Recorder
 from .run_folder import export_map, open_folder
 from .trace import Episode
@@ -79,7 +79,10 @@ def search(
             shown = demonstrations(base) if "demonstrations" in levers else ()
             learn(name, env, recorder, folder, seed, device, levers=levers, shown=shown, until=until)
         else:
-            _propose(BASELINES[name](base, np.random.default_rng(seed)), base, recorder, until)
+            proposals = BASELINES[name](base, np.random.default_rng(seed))
+            if name in PLANNED:
+                proposals = _evaluated(islice(proposals, until), base.evaluator)
+            _propose(proposals, base, recorder, until)
         if "exchange" in levers:
             rewards = {tuple(episode.bit_widths.items()): episode.reward for episode in recorder.done}
             _propose(exchange(base, rewards), base, recorder, episodes)
@@ -153,6 +156,14 @@ def _propose(proposals: Proposals, space: SearchSpace, recorder: Recorder, until
         recorder.logger.dump()
 
 
+def _evaluated(maps: Iterator[BitWidthMap], evaluator: Evaluator) -> Proposals:
+    """The same maps, as many as there are workers evaluated at a time before they are proposed."""
+    while some := list(islice(maps, evaluator.engine.workers)):
+        evaluator.evaluate_many(some)
+        for bit_widths in some:  # noqa: UP028 (a list takes no rewards)
+            yield bit_widths
+
+
 def confirm(
     episodes: list[Episode], evaluator: Evaluator, steps: int = CONFIRMING_STEPS, *, progress: bool = True
 ) -> tuple[Episode, dict]:
@@ -168,15 +179,19 @@ def confirm(
         distinct.setdefault(tuple(episode.bit_widths.items()), episode)
     candidates = list(distinct.values())[:CANDIDATES]
     judge = evaluator.second_opinion()
-    acr, steps = {}, steps if evaluator.settings.regained_bits else 0
-    for episode in tqdm(candidates, desc="confirming", unit="map", disable=not progress):
-        if steps:
-            judged = judge.measure(partial(finish_briefly, evaluator, episode.bit_widths, steps))
-        else:
-            judged = judge.evaluate(episode.bit_widths)
-        acr[episode.episode] = judged.acr
+    steps = steps if evaluator.settings.regained_bits else 0
+    maps = [episode.bit_widths for episode in candidates]
+    finished = partial(judge_finished, judge, evaluator, steps)
+    judged = evaluator.engine.map(finished, maps) if steps else judge.evaluate_many(maps)
+    judged = tqdm(judged, total=len(maps), desc="confirming", unit="map", disable=not progress)
+    acr = {episode.episode: found.acr for episode, found in zip(candidates, judged, strict=True)}
     best = max(candidates, key=lambda episode: acr[episode.episode])
     settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n", "part")} | {"confirmed_steps": steps}
     fresh = REWARD_SCALE * (judge.evaluate(best.bit_widths).acr / judge.reference.acr - 1)
     confirmed = {"confirmed_acr": acr[best.episode], "confirmed_reference_acr": judge.reference.acr, "fresh_reward": fresh}
     return best, confirmed | settings
+
+
+def judge_finished(judge: Evaluator, evaluator: Evaluator, steps: int, bit_widths: BitWidthMap) -> Evaluation:
+    """What an evaluator says of a map's network once another's calibration images have fine-tuned it briefly."""
+    return judge.measure(partial(finish_briefly, evaluator, bit_widths, steps))

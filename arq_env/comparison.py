@@ -82,12 +82,14 @@ def compare_maps(
     settings: TestSettings,
     *,
     folder: Path | None = None,
+    map: Callable = map,
     progress: Callable[[str], Callable] = lambda name: no_progress,
 ) -> Comparison:
     """Certify FP32 and each map on the test images.
 
     :param folder: where each table is kept, image by image; what is already there, for the same network, map and settings,
         is not made again
+    :param map: as for :func:`arq_env.certification.certify`
     :param progress: called with a name, returns the ``progress`` of :func:`arq_env.certification.certify`
     """
     problem = evaluator.problem
@@ -100,7 +102,7 @@ def compare_maps(
         identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]
         path = None if folder is None else Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
         network = problem.network if bit_widths is None else evaluator.quantizer.quantize(bit_widths)
-        certificates[name] = certify_on_test_images(problem, network, settings, progress=progress(name), log=path)
+        certificates[name] = certify_on_test_images(problem, network, settings, map=map, progress=progress(name), log=path)
     return Comparison(settings, problem.layers, maps, certificates)
 
 
@@ -111,13 +113,14 @@ def certify_on_test_images(
     *,
     skip_wrong: bool = True,
     log: Path | None = None,
+    map: Callable = map,
     progress: Callable = no_progress,
 ) -> Certificates:
     """Certify a network made from ``problem.network`` for a report.
 
     :param network: quantized, fine-tuned, compiled or as it is
     :param skip_wrong: as for :class:`arq_env.certification.Cohen`; the figures of a report are the same either way
-    :param log, progress: as for :func:`arq_env.certification.certify`
+    :param log, map, progress: as for :func:`arq_env.certification.certify`
     """
     images, labels = problem.test_images(settings.every, settings.offset)
     return certify(
@@ -130,6 +133,7 @@ def certify_on_test_images(
         alpha=settings.alpha,
         seed=settings.seed,
         method=Cohen(skip_wrong),
+        map=map,
         progress=progress,
         log=log,
     )

@@ -2,10 +2,12 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 
+import numpy as np
 import torch
 from scipy import stats
 
@@ -14,8 +16,9 @@ from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 from arq_env.quantization.exact import exact_means
-from arq_env.rewards import REWARDS, CertifierSettings, Figures, settings_of  # noqa: F401 (asked for here by scripts)
+from arq_env.rewards import REWARDS, CertifierSettings, Figures, Soft, settings_of  # noqa: F401 (asked for here by scripts)
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
+from arq_env.support.engines import Engine
 from arq_env.support.errors import ArqError
 
 #: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
@@ -25,6 +28,8 @@ REWARD_VERSION = 2
 NOISE_LOSS = 0.5
 #: The base network is refused when guessing would certify as many images with this probability.
 LUCK = 0.05
+#: Workers that share one evaluation, at most: each quantizes the network anew, a fifth of the work.
+MOST_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,17 @@ class Evaluator:
 
     def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings(), *, quantizer: Quantizer | None = None):
         self.problem, self.settings = problem, settings
+        self._calibrates = quantizer is None
         if quantizer is not None:
             self.quantizer = quantizer
+        #: What runs evaluations beside each other, see :meth:`evaluate_many`.
+        self.engine = Engine()
         self._known: dict[tuple, Evaluation] = {}
         self._reward = REWARDS[settings.reward_method](problem, settings)
 
     def __getstate__(self):
         """What is pickled and copied: what was measured, but no network, image or noise that can be made again."""
-        return {name: value for name, value in vars(self).items() if name not in ("quantizer", "divergence")}
+        return {name: value for name, value in vars(self).items() if name not in ("quantizer", "divergence")} | {"engine": Engine()}
 
     @cached_property
     def quantizer(self) -> Quantizer:
@@ -114,11 +122,37 @@ class Evaluator:
 
         :raises ArqError: when it is not a map for this network
         """
-        key = tuple(bit_widths.items())
-        if key not in self._known:
-            quantizer = self.quantizer  # calibrated before the clock starts
-            self._known[key] = self.measure(lambda: quantizer.quantize(self.regained(bit_widths), integers=True))
-        return self._known[key]
+        return self.evaluate_many([bit_widths])[0]
+
+    def evaluate_many(self, maps: Sequence[BitWidthMap]) -> list[Evaluation]:
+        """Evaluate maps, or recall their evaluations.
+
+        Workers of :attr:`engine` take a map each or, where there are fewer maps, some of the reward images of one; but only where
+        rewards are exact, so that it does not matter who makes them.
+
+        :raises ArqError: when one is not a map for this network
+        """
+        keys = [tuple(bit_widths.items()) for bit_widths in maps]
+        new = {key: self.regained(dict(key)) for key in keys if key not in self._known}
+        reward, made = self._reward, map(self._evaluate_here, new.values())
+        if new and self.engine.workers > 1 and isinstance(reward, Soft) and self._calibrates and self.rounding == "exact":
+            made = self._evaluate_in_parts(reward, list(new.values()))
+        for key, evaluation in zip(new, made, strict=True):
+            self._known[key] = evaluation
+        return [self._known[key] for key in keys]
+
+    def _evaluate_here(self, regained: BitWidthMap) -> Evaluation:
+        quantizer = self.quantizer  # calibrated before the clock starts
+        return self.measure(lambda: quantizer.quantize(regained, integers=True))
+
+    def _evaluate_in_parts(self, reward: Soft, regained: list[BitWidthMap]) -> Iterator[Evaluation]:
+        """Evaluate in the engine's workers, which are sent the network once, and then maps."""
+        parts = min(max(1, self.engine.workers // len(regained)), MOST_PARTS, reward.most_parts)
+        tasks = [(bit_widths, part, parts) for bit_widths in regained for part in range(parts)]
+        done = self.engine.map(partial(_logits_of_part, Evaluator(self.problem, self.settings)), tasks)
+        while some := list(islice(done, parts)):
+            logits, seconds = zip(*some, strict=True)
+            yield Evaluation(*reward.figures(torch.from_numpy(np.concatenate(logits))), max(seconds))
 
     def regained(self, bit_widths: BitWidthMap) -> BitWidthMap:
         """The map whose network is judged in place of a map's, see :class:`CertifierSettings`.
@@ -148,8 +182,12 @@ class Evaluator:
         left = len(there.reward.images) - start
         fresh = replace(s, seed=(s.seed + 1) % 2**32)
         if left > 0 and s.part == "reward":
-            return Evaluator(self.problem, replace(fresh, images=min(2 * s.images, left), first=start))
-        return Evaluator(self.problem, replace(fresh, images=min(2 * s.images, len(there.train.images)), part="train", first=0))
+            other = replace(fresh, images=min(2 * s.images, left), first=start)
+        else:
+            other = replace(fresh, images=min(2 * s.images, len(there.train.images)), part="train", first=0)
+        opinion = Evaluator(self.problem, other)
+        opinion.engine = self.engine
+        return opinion
 
     def measure(self, build: Callable[[], torch.nn.Module]) -> Evaluation:
         """What the reward certifier says of the network that ``build`` makes, whose making counts to the seconds."""
@@ -161,6 +199,20 @@ class Evaluator:
         with exact_means():
             got = figures()
         return Evaluation(*got, time.perf_counter() - start)
+
+
+def _logits_of_part(evaluator: Evaluator, task: tuple[BitWidthMap, int, int]) -> tuple[np.ndarray, float]:
+    """Logits of a map's network on one of so many parts of the noisy reward images, float64 [images, n, classes]; and seconds.
+
+    :param evaluator: a worker's own; it calibrates at its first part
+    """
+    bit_widths, part, parts = task
+    quantizer, reward = evaluator.quantizer, evaluator._reward
+    assert isinstance(reward, Soft)
+    start = time.perf_counter()
+    with exact_means():
+        logits = reward.logits(quantizer.quantize(bit_widths, integers=True), part, parts)
+    return logits.numpy(), time.perf_counter() - start
 
 
 def warn_if_noise_is_new(problem: Problem, count: int = 256) -> None:

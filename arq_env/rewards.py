@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from arq_env.bitwidths import MAX_BITS, MIN_BITS
 from arq_env.certification import Cohen, Incremental, Method, Paired, Randomized, Sequential, cache_predictions, certify
 from arq_env.certification.inputs import checked_alpha, whole
-from arq_env.certification.soft import logits_of_copies, mean_entropy, noisy_copies, radius_of_logits
+from arq_env.certification.soft import IMAGES_AT_ONCE, logits_of_copies, mean_entropy, noisy_copies, radius_of_logits
 from arq_env.problem import CALIBRATION_IMAGES, Problem
 from arq_env.support.errors import ArqError
 
@@ -170,8 +171,22 @@ class Soft(Reward):
         _ = self._fp32
 
     def judge(self, network: torch.nn.Module) -> Figures:
+        return self.figures(self.logits(network))
+
+    @property
+    def most_parts(self) -> int:
+        """Into how many parts the images can be divided."""
+        return -(-self.settings.images // IMAGES_AT_ONCE)
+
+    def logits(self, network: torch.nn.Module, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """What a network says of one of so many parts of the noisy images, float64 [images of the part, n, classes]."""
+        first, end = self.most_parts * part // parts, self.most_parts * (part + 1) // parts
+        return logits_of_copies(network, islice(self._noisy, first, end))
+
+    def figures(self, logits: torch.Tensor) -> Figures:
+        """The figures of a network by its logits of all images."""
         entropy, _ = self._fp32
-        return self._figures(logits_of_copies(network, self._noisy), entropy)
+        return self._figures(logits, entropy)
 
     def reference(self) -> Figures:
         return self._fp32[1]

@@ -15,6 +15,7 @@ def parse():
     parser.set_defaults(env=None, sigma=None, training=None, regained_bits=None)  # those of the agent
     budgets = (0.005, 0.007, 0.009, 0.012, 1 / 64, 0.025)
     parser.add_argument("--budgets", type=float, nargs="+", default=budgets, help="budgets to export a map for")
+    command_line.add_engine(parser, "parts of evaluations")
     parser.add_argument("--output", type=Path, help="folder for the maps (default: below RUN, named by what it is applied to)")
     return parser.parse_args()
 
@@ -22,7 +23,7 @@ def parse():
 options = command_line.start(__name__, parse)
 
 from arq_agents.any_budget import export_budgets, learned_on, load_agent
-from arq_agents.main import make_env
+from arq_agents.main import engine_of, make_env
 from arq_env import ArqError
 
 
@@ -39,7 +40,8 @@ def main(options):
     options.budget = max(options.budgets)
     env = make_env(options)
     agent, algorithm = load_agent(options.agent, env)
-    print(export_budgets(agent, env, algorithm, options.budgets, options.output or options.agent / applied))
+    with engine_of(options) as env.unwrapped.evaluator.engine:
+        print(export_budgets(agent, env, algorithm, options.budgets, options.output or options.agent / applied))
 
 
 if __name__ == "__main__":

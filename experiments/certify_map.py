@@ -20,6 +20,7 @@ def parse():
         help="uniform maps to compare with, the first as the base",
     )
     command_line.add_test_settings(parser)
+    command_line.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--output", type=Path, help="JSON file for the figures (default: beside the map, named by every, offset and n)"
@@ -36,6 +37,7 @@ from functools import partial
 
 from tqdm import tqdm
 
+from arq_agents.main import engine_of
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
 from arq_env.evaluation import Evaluator, settings_of
@@ -50,13 +52,15 @@ def main(options):
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
     evaluator = Evaluator(problem, settings_of(document))
     print(layer_table(problem.layers, found), end="\n\n")
-    comparison = compare_maps(
-        evaluator,
-        maps,
-        settings,
-        folder=path.parent / "certificates",
-        progress=lambda name: partial(tqdm, desc=name),
-    )
+    with engine_of(options) as engine:
+        comparison = compare_maps(
+            evaluator,
+            maps,
+            settings,
+            folder=path.parent / "certificates",
+            map=engine.map,
+            progress=lambda name: partial(tqdm, desc=name),
+        )
     print(comparison_table(comparison))
     output = options.output or path.parent / f"{path.stem}-every{options.every}-offset{options.offset}-n{options.n}.json"
     write_json(output, comparison.document(evaluator))

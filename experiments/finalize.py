@@ -36,6 +36,7 @@ def parse():
     parser.add_argument(
         "--integer", action="store_true", help="certify a quantized network on integer kernels (needs an x86 CPU with VNNI)"
     )
+    command_line.add_engine(parser, "images to certify")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="folder for everything (default: RUN/final, or runs/final and a name)")
     return parser.parse_args()
@@ -49,6 +50,7 @@ from functools import partial
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from arq_agents.main import engine_of
 from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
@@ -89,13 +91,15 @@ def main(options):
     writer.close()
 
     settings = TestSettings(options.every, n=options.n, seed=options.seed)
-    certificates = certify_on_test_images(
-        problem,
-        for_certification(network, options, quantized=bit_widths is not None),
-        settings,
-        progress=partial(tqdm, desc=f"certifying {name}"),
-        log=folder / f"certificates-n{settings.n}.tsv",
-    )
+    with engine_of(options) as engine:
+        certificates = certify_on_test_images(
+            problem,
+            for_certification(network, options, quantized=bit_widths is not None),
+            settings,
+            map=engine.map,
+            progress=partial(tqdm, desc=f"certifying {name}"),
+            log=folder / f"certificates-n{settings.n}.tsv",
+        )
     document = {
         "map": name,
         **{key: problem.card[key] for key in ("network", "dataset", "sigma", "training")},

@@ -23,6 +23,7 @@ def parse():
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
     parser.add_argument("--output", type=Path, default=Path("runs/any-budget"), help="run folder")
+    command_line.add_engine(parser, "parts of evaluations")
     options = parser.parse_args()
     if not 0 < options.low < options.high <= 1:
         parser.error(f"budgets from {options.low} to {options.high} were asked for: give two fractions in (0, 1], --low first")
@@ -37,7 +38,7 @@ options = command_line.start(__name__, parse)
 import numpy as np
 
 from arq_agents.any_budget import export_budgets, train_for_any_budget
-from arq_agents.main import make_env
+from arq_agents.main import engine_of, make_env
 
 
 def main(options):
@@ -46,16 +47,17 @@ def main(options):
         options.budgets = [min(max(float(f"{budget:.2g}"), options.low), options.high) for budget in even]
     options.budget = options.high
     env = make_env(options)
-    agent = train_for_any_budget(
-        options.algorithm,
-        env,
-        (options.low, options.high),
-        episodes=options.episodes,
-        folder=options.output,
-        seed=options.seed,
-        config={"env": options.env, "training": options.training},
-    )
-    print(export_budgets(agent, env, options.algorithm, options.budgets, options.output))
+    with engine_of(options) as env.unwrapped.evaluator.engine:
+        agent = train_for_any_budget(
+            options.algorithm,
+            env,
+            (options.low, options.high),
+            episodes=options.episodes,
+            folder=options.output,
+            seed=options.seed,
+            config={"env": options.env, "training": options.training},
+        )
+        print(export_budgets(agent, env, options.algorithm, options.budgets, options.output))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """Searches that share their evaluations, and the curves drawn from their traces."""
 
 import json
-import signal
-import time
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +17,7 @@ from arq_agents.equal_cost import (
     setup_cost,
     share_sensitivities,
 )
-from arq_agents.finishing import finished_radii, workers
+from arq_agents.finishing import finished_radii
 from arq_agents.trace import read_trace
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
@@ -87,22 +84,6 @@ def test_a_damaged_neighbour_is_named(tmp_path):
     (tmp_path / "runs" / "uniform-0" / "config.json").write_text("[]")
     with pytest.raises(ArqError, match="uniform-0/config.json cannot be read"):
         recall(make_toy_env().evaluator, tmp_path)
-
-
-def test_a_killed_worker_ends_the_command():
-    with pytest.raises(ArqError, match="a worker process was killed"), workers(1) as pool:
-        pool.submit(signal.raise_signal, signal.SIGKILL).result()
-
-
-def test_an_error_ends_the_workers_at_once():
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), workers(1) as pool:
-        pool.submit(abs, -1).result()
-        task = pool.submit(time.sleep, 600)
-        while not task.running():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-    assert isinstance(task.exception(), BrokenProcessPool) and time.monotonic() - start < 300
 
 
 def test_sensitivities_are_shared(tmp_path, monkeypatch):

@@ -1,18 +1,29 @@
-"""Whatever ``map`` is given: the same table, or one sentence."""
+"""Whatever ``map`` is given, and whatever engine runs it: the same table, or one sentence."""
 
 import concurrent.futures
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from arq_agents.trace import read_trace
 from arq_env import ArqError
+from arq_env.bitwidths import uniform
 from arq_env.certification import cache_predictions, certify
+from arq_env.evaluation import CertifierSettings, Evaluator
+from arq_env.support import engines
+from arq_env.support.engines import engine, workers
 from tests.test_certify import halfspace, table
+from tests.toy import make_toy_env, outcome, search_toy, toy_network, toy_problem
 
 IMAGES = np.linspace(0.3, 0.45, 40, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 4, 4), np.float32)
 ASK = {"sigma": 0.5, "n0": 8, "n": 32}
@@ -100,3 +111,135 @@ def test_a_classifier_s_own_mistakes_stay_what_they_are():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         certify(broken, IMAGES, np.zeros(40), **ASK)
+
+
+class Held:
+    """Tells the process that it was unpickled in, at each call, and how often it was unpickled there."""
+
+    unpickled = 0
+
+    def __setstate__(self, state):
+        Held.unpickled += 1
+
+    def __getstate__(self):
+        return {"weights": b"0" * 100_000}
+
+    def __call__(self, number):
+        time.sleep(0.05)
+        return os.getpid(), Held.unpickled, torch.get_num_threads(), number
+
+
+def test_worker_processes_change_nothing():
+    """Certificates, evaluations of many maps and of one in parts; a function goes to each worker once."""
+    maps = [uniform(make_toy_env().layers, bits, 4) for bits in (2, 3, 4)]
+    settings = CertifierSettings(images=200, n=2, part="train")
+    here = Evaluator(toy_problem(), settings)
+    network, images = toy_network(), torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = functools.partial(certify, network, images, np.zeros(40), sigma=0.5, n=200)
+    with engine("serial"):
+        expected = [(e.acr, e.clean_accuracy, e.certified_accuracy) for e in here.evaluate_many(maps)], table(call())
+    there = Evaluator(toy_problem(), settings)
+    with engine("processes:2") as there.engine:
+        assert there.engine.workers == 2 and torch.get_num_threads() == 1
+        found = [there.evaluate(maps[0]), *there.evaluate_many(maps)[1:]]
+        assert [(e.acr, e.clean_accuracy, e.certified_accuracy) for e in found] == expected[0]
+        assert there.evaluate_many(maps) == found  # recalled
+        assert table(call(map=there.engine.map)) == expected[1]
+        told = list(there.engine.map(Held(), range(8)))
+        assert [number for *_, number in told] == list(range(8)) and {row[1:3] for row in told} == {(1, 1)}
+        folder = there.engine._shared[next(iter(there.engine._shared))].parent
+        assert folder.is_dir()
+    assert not folder.exists()
+    assert pickle.loads(pickle.dumps(there)).engine.workers == 1
+
+
+def test_a_search_in_worker_processes_leaves_the_same_trace(tmp_path, monkeypatch):
+    """The workers are told from one here: what is asked of them, in which order, is the search's."""
+    asked, env = [], make_toy_env()
+    monkeypatch.setattr(engines.Engine, "workers", 4)
+    monkeypatch.setattr(env.evaluator.engine, "map", lambda f, tasks: (asked.append(len(tasks)), map(f, tasks))[1])
+    best = search_toy(tmp_path / "beside", "random", 10, env)
+    monkeypatch.undo()
+    assert asked[0] == 4 and sum(asked[:-1]) == read_trace(tmp_path / "beside" / "trace.jsonl")[-1].evaluations  # the last confirm
+    assert search_toy(tmp_path / "serial", "random", 10).reward == best.reward
+    assert len(outcome(tmp_path / "beside")) == 10 and outcome(tmp_path / "beside") == outcome(tmp_path / "serial")
+
+
+@pytest.mark.parametrize(
+    "asked, part",
+    [
+        ("pool", "choose of serial, processes"),
+        ("serial:2", "no engine 'serial:2'"),
+        ("", "no engine ''"),
+        ("processes:0", "whole number from 1"),
+        ("processes:two", "'two' processes"),
+        ("dask:127.0.0.1:1", "no Dask scheduler answers at 127.0.0.1:1"),
+        ("dask:nonsense", "no Dask scheduler answers at nonsense"),
+        ("ray:127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
+        ("ray:nonsense", "no Ray cluster answers at nonsense"),
+    ],
+)
+def test_engines_that_are_not_there(asked, part, monkeypatch):
+    monkeypatch.setattr(engines, "PATIENCE", 0.5)
+    if asked.startswith(("dask", "ray")):
+        pytest.importorskip({"d": "distributed", "r": "ray"}[asked[0]])
+    threads = torch.get_num_threads()
+    with pytest.raises(ArqError, match=part), engine(asked):
+        pass
+    assert torch.get_num_threads() == threads
+
+
+def test_a_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "distributed", None)
+    with pytest.raises(ArqError, match=r"the engine 'dask' needs distributed .*\[dask\]"), engine("dask"):
+        pass
+
+
+def die_once(path: Path, number: int) -> int:
+    """The number's square; the first call that finds no such file makes it and ends its process."""
+    if number == 3 and not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def fail(number):
+    raise ArqError(f"no {number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_clusters_change_nothing(name, tmp_path):
+    """As in one process, also after a worker was killed; an error is the one that was raised."""
+    evaluators = [Evaluator(toy_problem(), CertifierSettings(images=200, n=2, part="train")) for _ in range(2)]
+    maps = [uniform(make_toy_env().layers, bits, 4) for bits in (2, 3, 4)]
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ArqError, match="^no 5$"), engine(name) as evaluators[1].engine:
+            there = evaluators[1].engine
+            assert there.workers == 2
+            assert [table(call(map=there.map)) for call in CALLS[:1]] == [table(CALLS[0]())]
+            found = [[e.acr for e in evaluator.evaluate_many(maps)] for evaluator in evaluators]
+            assert found[0] == found[1]
+            assert list(there.map(functools.partial(die_once, tmp_path / "killed"), range(8))) == [n**2 for n in range(8)]
+            assert (tmp_path / "killed").exists() and there.submit(pow, 2, 5).result() == 32
+            assert {row[1:3] for row in there.map(Held(), range(4))} == {(1, 1)}
+            there.submit(fail, 5).result()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_killed_worker_ends_the_command():
+    with pytest.raises(ArqError, match="a worker process was killed"), workers(1) as pool:
+        pool.submit(signal.raise_signal, signal.SIGKILL).result()
+
+
+def test_an_error_ends_the_workers_at_once():
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), workers(1) as pool:
+        pool.submit(abs, -1).result()
+        task = pool.submit(time.sleep, 600)
+        while not task.running():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert isinstance(task.exception(), BrokenProcessPool) and time.monotonic() - start < 300

@@ -26,8 +26,8 @@ from arq_env.certification.inputs import (
 from arq_env.certification.sampling import Sampler
 from arq_env.support.errors import ArqError
 
-#: Most images, and most noise samples (about), of one task of ``map``; what a kill can lose.
-CHUNK, CHUNK_SAMPLES = 16, 16_384
+#: Most images, and most noise samples (about), of one task of ``map``: what a kill can lose, and what workers wait for.
+CHUNK, CHUNK_SAMPLES = 16, 4_096
 
 
 def no_progress(iterable, total):

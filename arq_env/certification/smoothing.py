@@ -80,8 +80,8 @@ def certify(
         ``imap`` of a pool of multiprocessing waits for ever. An engine that returns a list, such as a pool's own ``map``, has done
         all images before the first is logged
     :param progress: called as ``progress(iterable, total=chunks)``, such as ``tqdm``
-    :param log: TSV file to which images are appended as they are done, every 16 or, for n above 8,192, each; a second call
-        with the same arguments goes on there. Two processes must not share one
+    :param log: TSV file to which images are appended as they are done, every 16, fewer for n above 256, each for n above
+        2,048; a second call with the same arguments goes on there. Two processes must not share one
     :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its
         :func:`arq_env.certification.network_digest`
     :raises ArqError: for arguments out of range, for a method's option given beside it, for an n with which everything is abstained

@@ -10,7 +10,11 @@ def parse():
     parser.add_argument("--images", type=command_line.whole(1), default=50, help="test images, evenly spaced")
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    command_line.add_processes(parser, "images for the compiled network", default=None)
+    parser.add_argument(
+        "--processes",
+        type=command_line.whole(1),
+        help="for the compiled network, one thread each (default: as many as torch has threads)",
+    )
     parser.add_argument("--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table")
     return parser.parse_args()
 
@@ -25,10 +29,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arq_agents.finishing import workers
 from arq_env import ArqError
 from arq_env.certification import CompiledNetwork, certify
 from arq_env.problem import load_problem
+from arq_env.support.engines import workers
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
 

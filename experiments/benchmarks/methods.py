@@ -16,7 +16,7 @@ def parse():
     parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
     parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    command_line.add_processes(parser, "images for the compiled network", default=None)
+    command_line.add_engine(parser, "images")
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table and the plot"
     )
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arq_agents.finishing import workers
+from arq_agents.main import engine_of
 from arq_env.bitwidths import uniform
 from arq_env.certification import (
     Cohen,
@@ -187,17 +187,16 @@ def plot(curves: dict[str, dict], path: Path) -> None:
 
 
 def main(options):
-    options.processes = options.processes or torch.get_num_threads()
     problem = load_problem("resnet20", "cifar10", sigma=0.5)
     images, labels = problem.test_images(every=max(1, 10_000 // options.images))
     images, labels = images[: options.images], labels[: options.images]
-    settings = {name: getattr(options, name) for name in ("thin", "n", "replayed", "seed", "processes")}
-    with workers(options.processes) as pool:
-        taken = samples(problem, images, labels, options.n, options.thin, options.replayed, options.seed, pool.map)
+    settings = {name: getattr(options, name) for name in ("thin", "n", "replayed", "seed")}
+    with engine_of(options) as engine:
+        taken = samples(problem, images, labels, options.n, options.thin, options.replayed, options.seed, engine.map)
     document = {
         "checkpoint": problem.card["digest"],
         "sigma": problem.sigma,
-        "settings": settings | {"images": len(images)},
+        "settings": settings | {"images": len(images), "processes": engine.workers},
         "samples": taken,
         "provenance": provenance(),
     }

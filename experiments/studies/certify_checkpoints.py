@@ -17,6 +17,7 @@ def parse():
     parser.add_argument(
         "--compile", action="store_true", help="compile the network first (needs a C++ compiler; pays for n = 1,000)"
     )
+    command_line.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/references"), help="folder for tables and figures")
     return parser.parse_args()
@@ -30,6 +31,7 @@ from functools import partial
 
 from tqdm import tqdm
 
+from arq_agents.main import engine_of
 from arq_env import ArqError
 from arq_env.certification import CompiledNetwork, estimate_seconds
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
@@ -46,12 +48,14 @@ def main(options):
     for name in options.names or there:
         if name not in there:
             raise ArqError(f"there is no checkpoint {name} (there: {', '.join(there)}): choose one of them")
-        certify_one(there[name], settings, options)
+    with engine_of(options) as engine:
+        for name in options.names or there:
+            certify_one(there[name], settings, options, engine)
     documents = [json.loads(path.read_text()) for path in sorted(options.output.glob("*-n*.json")) if ".settings" not in path.name]
     print(reference_table(documents))
 
 
-def certify_one(checkpoint, settings, options):
+def certify_one(checkpoint, settings, options, engine):
     """Write ``NAME-nN.tsv``, image by image, and ``NAME-nN.json``, the figures."""
     problem = load_problem(
         checkpoint.network, checkpoint.dataset, sigma=checkpoint.sigma, training=checkpoint.training, device=options.device
@@ -59,13 +63,14 @@ def certify_one(checkpoint, settings, options):
     stem = options.output / f"{checkpoint.name}-n{settings.n}"
     images, _ = problem.test_images(settings.every, settings.offset)
     network = CompiledNetwork(problem.network) if options.compile else problem.network
-    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n)
+    seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n) / engine.workers
     print(f"{checkpoint.name}, n = {settings.n}: about {seconds / 60:.1f} minutes for {len(images)} images")
     table = certify_on_test_images(
         problem,
         network,
         settings,
         skip_wrong=False,  # the reference's table is a whole one
+        map=engine.map,
         progress=partial(tqdm, desc=checkpoint.name),
         log=stem.with_name(stem.name + ".tsv"),
     )

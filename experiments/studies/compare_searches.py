@@ -26,7 +26,7 @@ def parse():
     parser.add_argument("--seeds", type=command_line.whole(1), default=5, help="runs of each search that draws at random")
     parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
     command_line.add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
-    command_line.add_processes(parser, "searches")
+    command_line.add_engine(parser, "searches")
     command_line.add_finishing(parser)
     parser.add_argument("--rewards-only", action="store_true", help="finish no map")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, figures and plot")
@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 from arq_agents.baselines import import_optuna
 from arq_agents.equal_cost import best_so_far, difference_of_means, half_width, is_deterministic, reaches, run_search, setup_cost
-from arq_agents.finishing import finish, workers
-from arq_agents.main import make_env
+from arq_agents.finishing import finish
+from arq_agents.main import engine_of, make_env
 from arq_agents.methods import WITH_OPTUNA, split_method
 from arq_agents.trace import count_episodes, read_trace
 from arq_env import ArqError
@@ -73,9 +73,9 @@ def main(options):
         (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or not is_deterministic(method)
     ]
     folders = {run: options.output / f"budget{command_line.budget_name(options.budget)}" / "{}-seed{}".format(*run) for run in runs}
-    with workers(options.processes) as pool:
+    with engine_of(options) as engine:
         with tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar:
-            searches = {pool.submit(search_one, run, folders[run], options) for run in runs}
+            searches = {engine.submit(search_one, run, folders[run], options) for run in runs}
             while searches:
                 done, searches = wait(searches, timeout=2, return_when=FIRST_COMPLETED)
                 for search in done:
@@ -83,7 +83,7 @@ def main(options):
                 bar.n = sum(count_episodes(folder / "trace.jsonl") for folder in folders.values())
                 bar.refresh()
         exported = {run: load_map(folder / "bit_widths.json", arq_env_of(env).layers)[0] for run, folder in folders.items()}
-        finished = {} if options.rewards_only else finish(pool, {FP32: None, **exported}, options, store=options.output)
+        finished = {} if options.rewards_only else finish(engine, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
     name = f"{options.name}-budget{command_line.budget_name(options.budget)}"
     write_json(options.output / f"{name}.json", document)
@@ -92,7 +92,7 @@ def main(options):
 
 
 def search_one(run, folder: Path, options) -> None:
-    """One search in a worker process."""
+    """One search, in a worker."""
     method, seed = run
     run_search(
         method,

@@ -15,7 +15,7 @@ def parse():
     parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "MAP"), help="a curve and its maps")
     command_line.add_environment(parser, training="consistency", regained_bits=1)
     parser.set_defaults(budget=1.0)  # maps are taken as they are
-    command_line.add_processes(parser, "maps")
+    command_line.add_engine(parser, "maps")
     command_line.add_finishing(parser)
     parser.add_argument(
         "--store", type=Path, default=Path("runs/compare"), help="folder of compare_searches.py, for what is finished"
@@ -34,8 +34,8 @@ from itertools import combinations
 
 import matplotlib
 
-from arq_agents.finishing import finish, workers
-from arq_agents.main import make_env
+from arq_agents.finishing import finish
+from arq_agents.main import engine_of, make_env
 from arq_env.bitwidths import bops_fraction, load_map, named_uniform
 from arq_env.comparison import FP32, standard_error
 from arq_env.env import arq_env_of
@@ -49,8 +49,8 @@ ALIKE = 1.1
 def main(options):
     layers = arq_env_of(make_env(options)).layers
     maps = {(name, one): chosen_map(one, layers) for name, *given in options.maps for one in given}
-    with workers(options.processes) as pool:
-        radii = finish(pool, {FP32: None, **maps}, options, options.store)
+    with engine_of(options) as engine:
+        radii = finish(engine, {FP32: None, **maps}, options, options.store)
     fp32, curves = radii[FP32], {name: [] for name, *_ in options.maps}
     for (name, one), bit_widths in maps.items():
         own = radii[name, one]

@@ -21,7 +21,7 @@ def parse():
         "--n", type=command_line.whole(5), default=32, help="noise samples that count a class of a finished network"
     )
     parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
-    command_line.add_processes(parser, "maps", default=None)
+    command_line.add_engine(parser, "maps")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/rank_maps"), help="folder for the figures")
     return parser.parse_args()
 
@@ -34,11 +34,10 @@ import json
 import time
 
 import numpy as np
-import torch
 from scipy import stats
 from tqdm import tqdm
 
-from arq_agents.finishing import workers
+from arq_agents.main import engine_of
 from arq_env import ArqError
 from arq_env.bitwidths import Bits
 from arq_env.certification import Cohen, certify
@@ -58,10 +57,9 @@ FINER = "weights 1 bit finer"
 
 
 class Worker:
-    """Scores and finishes maps in one process, on one thread; built once there."""
+    """Scores and finishes maps in one worker; built once there."""
 
     def __init__(self, options):
-        torch.set_num_threads(1)
         self.options = options
         problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
         self.env = ArqEnv(problem, settings=CertifierSettings(images=SCORED))
@@ -148,7 +146,6 @@ def agreement(records: list[dict]) -> dict:
 
 
 def main(options):
-    options.processes = options.processes or torch.get_num_threads()
     problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
     settings = {name: getattr(options, name) for name in ("budgets", "sigma", "training", "steps", "n", "seed")}
     recipe = brief_recipe(problem, options.steps, options.seed)
@@ -157,8 +154,8 @@ def main(options):
     records = read(lines, settings)
     wanted = [index for index in range(options.maps) if index not in {record["index"] for record in records}]
     if wanted:
-        with workers(options.processes) as pool:
-            found = concurrent.futures.as_completed([pool.submit(do_map, options, index) for index in wanted])
+        with engine_of(options) as engine:
+            found = concurrent.futures.as_completed([engine.submit(do_map, options, index) for index in wanted])
             for future in tqdm(found, total=len(wanted), desc="maps", smoothing=0):
                 records.append(future.result())
                 with open(lines, "a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ def parse():
     parser.add_argument("--maps", type=Path, default=Path("experiments/results/compare/budget0.007"), help="folder of run folders")
     parser.add_argument("--count", type=command_line.whole(3), default=16, help="distinct maps taken from there, at most")
     parser.add_argument("--draws", type=command_line.whole(2), default=6, help="of each allocation")
-    command_line.add_processes(parser, "draws")
+    command_line.add_engine(parser, "draws")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/reward_noise"), help="folder for what is measured")
     return parser.parse_args()
 
@@ -29,7 +29,7 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from arq_agents.finishing import workers
+from arq_agents.main import engine_of
 from arq_env import ArqError
 from arq_env.bitwidths import load_map
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
@@ -50,8 +50,8 @@ def main(options):
     tasks += [((2_000, 1, 320), part, 1 + draw) for part in ("images", "calibration", "reward") for draw in range(options.draws)]
     tasks += [(REFERENCE, "all", REFERENCE_SEED + draw) for draw in range(REFERENCE_DRAWS)]
     store = options.output / f"{options.maps.name}-draws"
-    with workers(options.processes) as pool:
-        found = list(tqdm(pool.map(partial(one_draw, store, problem, maps), tasks), total=len(tasks), unit="draw"))
+    with engine_of(options) as engine:
+        found = list(tqdm(engine.map(partial(one_draw, store, problem, maps), tasks), total=len(tasks), unit="draw"))
     by_task = dict(zip(tasks, found, strict=True))
     true = np.mean([row["ratios"] for (_, _, seed), row in by_task.items() if seed >= REFERENCE_SEED], axis=0)
     rows = []
