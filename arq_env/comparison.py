@@ -93,17 +93,23 @@ def compare_maps(
     :param progress: called with a name, returns the ``progress`` of :func:`arq_env.certification.certify`
     """
     problem = evaluator.problem
-    images, labels = problem.test_images(settings.every, settings.offset)
-    data = [sha256(np.ascontiguousarray(array)) for array in (images, labels)]
     for chosen in maps.values():
         check_map(chosen, problem.layers)
     certificates = {}
     for name, bit_widths in {FP32: None, **maps}.items():
-        identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]
-        path = None if folder is None else Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
+        path = None if folder is None else table_path(folder, name, bit_widths, evaluator, settings)
         network = problem.network if bit_widths is None else evaluator.quantizer.quantize(bit_widths)
         certificates[name] = certify_on_test_images(problem, network, settings, map=map, progress=progress(name), log=path)
     return Comparison(settings, problem.layers, maps, certificates)
+
+
+def table_path(folder: Path, name: str, bit_widths: BitWidthMap | None, evaluator: Evaluator, settings: TestSettings) -> Path:
+    """Where :func:`compare_maps` keeps the table of a map, None being FP32: its name tells all that it depends on."""
+    problem = evaluator.problem
+    images, labels = problem.test_images(settings.every, settings.offset)
+    data = [sha256(np.ascontiguousarray(array)) for array in (images, labels)]
+    identity = [bit_widths, asdict(settings), problem.sigma, problem.digest, evaluator.settings.seed, data]
+    return Path(folder) / f"{name}-{sha256(json.dumps(identity).encode())[:12]}.tsv"
 
 
 def certify_on_test_images(
