@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map, uniform
-from arq_env.certification import Certificates, certify, clopper_pearson_lower, smoothing_radius
+from arq_env.certification import Certificates, Cohen, certify, clopper_pearson_lower, smoothing_radius
 from arq_env.comparison import FP32, Comparison, TestSettings, summarize, table_path
 from arq_env.env import REWARD_SCALE
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
@@ -288,7 +288,7 @@ def _check_table(
 def _certified(network, problem, settings, rows, skip_wrong, engine) -> Certificates:
     images, labels = problem.test_images(settings.every, settings.offset)
     rows = np.arange(len(labels)) if rows is None else np.array(rows)
-    asked = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "seed")} | {"skip_wrong": skip_wrong}
+    asked = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "seed")} | {"method": Cohen(skip_wrong)}
     return certify(network, images[rows], labels[rows], sigma=problem.sigma, **asked, map=engine.map)
 
 

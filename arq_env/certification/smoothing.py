@@ -75,8 +75,8 @@ def certify(
         ``Sequential(price=0.2)`` or ``Paired(cache)``
     :param batch_size: noisy images a forward pass; by default 32 on a CPU, whose caches larger batches overflow, else 1,024
     :param map: anything with the built-in ``map``'s calling sequence; calls run the classifier on a few images, and their results
-        may come in any order. For worker processes take ``concurrent.futures.ProcessPoolExecutor(2,
-        multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)).map``: where a worker is killed it fails at once, while
+        may come in any order. For worker processes, Dask or Ray take the ``map`` of
+        :func:`arq_env.support.engines.engine`: where a worker process is killed it fails at once, while
         ``imap`` of a pool of multiprocessing waits for ever. An engine that returns a list, such as a pool's own ``map``, has done
         all images before the first is logged
     :param progress: called as ``progress(iterable, total=chunks)``, such as ``tqdm``
