@@ -20,8 +20,8 @@ from arq_env.support.render import render_pareto, render_rgb
 
 from .trace import Episode, append_episode, count_episodes
 
-#: Episodes between two pictures of the map in TensorBoard.
-PICTURE_EVERY = 10
+#: Episodes between two pictures of the map in TensorBoard, at least, and pictures of a search, at most (about).
+PICTURE_EVERY, PICTURES = 10, 20
 #: TensorBoard sorts its sections by name, and the curves of each: these stand in the order in which they are read.
 REWARD, CERTIFICATE, BUDGET, MAP, SEARCH, EXPORTED = (
     f"{place}_{name}" for place, name in enumerate(("reward", "certificate", "budget", "map", "search", "exported_map"), start=1)
@@ -208,7 +208,8 @@ class Recorder:
             (f"{SEARCH}/evaluation_seconds", episode.evaluation_seconds),
         ):
             self.logger.record(name, value)
-        if episode.episode % PICTURE_EVERY == 0 or episode.episode in (1, self.episodes):
+        every = max(PICTURE_EVERY, self.episodes // PICTURES)
+        if episode.episode % every == 0 or episode.episode in (1, self.episodes):
             self.logger.picture(f"{MAP}/map", self.layers, episode)
         chosen = [episode.bit_widths[layer.name] for layer in free_layers(self.layers)]
         self.logger.histogram(f"{MAP}/weight_bits", [bits.weight for bits in chosen])

@@ -35,7 +35,7 @@ for script in {scripts}:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         assert not end.code, script
-print(sorted({{"torch", "scipy", "stable_baselines3", "matplotlib", "tensorboard", "altair"}} & sys.modules.keys()), file=sys.stderr)
+print(sorted({{"torch", "scipy", "stable_baselines3", "matplotlib", "tensorboard", "altair"}} & {{*sys.modules}}), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
