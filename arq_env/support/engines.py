@@ -170,12 +170,12 @@ def workers(processes: int) -> Iterator[Engine]:
 
 
 def _start_worker(open_end, folder: Path) -> None:
-    """No part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition.
+    """A worker has no part in Ctrl-C, and no life without the parent, so that nothing runs on beside its own repetition.
 
     :param open_end: of a pipe; the worker ends when the parent closes the other end
     :param folder: removed where the parent was killed
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _no_part_in_ctrl_c()
 
     def watch():
         connection.wait([multiprocessing.parent_process().sentinel, open_end])
@@ -192,7 +192,7 @@ def _dask(address: str, cores: int) -> Iterator[Engine]:
         import cloudpickle
         import distributed
     with contextlib.ExitStack() as opened:
-        if not address:
+        if ours := not address:
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
             own = {"n_workers": cores, "threads_per_worker": 1, "dashboard_address": None}
             address = opened.enter_context(distributed.LocalCluster(**own, silence_logs=logging.CRITICAL))
@@ -200,6 +200,8 @@ def _dask(address: str, cores: int) -> Iterator[Engine]:
             client = opened.enter_context(distributed.Client(address, timeout=PATIENCE, set_as_default=False))
         except (OSError, ValueError) as error:
             raise _silent("Dask scheduler", address, error) from error
+        if ours:
+            client.run(_no_part_in_ctrl_c)
         pool = client.get_executor(pure=False)
 
         def share(pickled: bytes):
@@ -236,6 +238,11 @@ def _ray(address: str, cores: int) -> Iterator[Engine]:
         raise ArqError(f"a call killed {RETRIES + 1} Ray workers, perhaps for their memory: give them more of it") from error
     finally:
         ray.shutdown()
+
+
+def _no_part_in_ctrl_c() -> None:
+    """Leave Ctrl-C to the parent process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
