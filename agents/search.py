@@ -183,8 +183,8 @@ def confirm(
     maps = [episode.bit_widths for episode in candidates]
     finished = partial(judge_finished, judge, evaluator, steps)
     judged = evaluator.engine.map(finished, maps) if steps else judge.evaluate_many(maps)
-    judged = tqdm(judged, total=len(maps), desc="confirming", unit="map", disable=not progress)
-    acr = {episode.episode: found.acr for episode, found in zip(candidates, judged, strict=True)}
+    bar = tqdm(judged, total=len(maps), desc="confirming", unit="map", disable=not progress)
+    acr = {episode.episode: found.acr for episode, found in zip(candidates, bar, strict=True)}
     best = max(candidates, key=lambda episode: acr[episode.episode])
     settings = {f"confirmed_{name}": getattr(judge.settings, name) for name in ("images", "n", "part")} | {"confirmed_steps": steps}
     fresh = REWARD_SCALE * (judge.evaluate(best.bit_widths).acr / judge.reference.acr - 1)

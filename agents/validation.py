@@ -8,13 +8,16 @@ them anew and compares.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map, uniform
+from arq_env.budget import make_budget
 from arq_env.certification import Certificates, Cohen, certify, clopper_pearson_lower, smoothing_radius
 from arq_env.comparison import FP32, Comparison, TestSettings, summarize, table_path
 from arq_env.env import REWARD_SCALE
@@ -131,7 +134,12 @@ def check_search(folder: Path, sample: Sample, engine: Engine) -> Iterator[Check
 
 def _faults(trace: list[Episode], config: dict, evaluator: Evaluator) -> Iterator[str]:
     """What is wrong with episodes by themselves and beside each other."""
-    layers, reference, known = evaluator.problem.layers, evaluator.reference.acr, {}
+    layers, reference = evaluator.problem.layers, evaluator.reference.acr
+    known: dict[tuple, Episode] = {}
+    try:  # an agent for every budget has one an episode, which no trace keeps
+        budget = None if "budgets" in config else make_budget(config["budget"], evaluator.problem, config["end_bits"])
+    except KeyError as error:
+        raise ArqError(f"config.json has no {error}: restore the file") from error
     for number, episode in enumerate(trace, start=1):
         first = known.setdefault(tuple(episode.bit_widths.items()), episode)
         computed = _told(first, EVALUATION) | {
@@ -142,8 +150,8 @@ def _faults(trace: list[Episode], config: dict, evaluator: Evaluator) -> Iterato
             "reward": REWARD_SCALE * (episode.acr / reference - 1),
         }
         yield from _differences(_told(episode, computed), computed, f"episode {number}: ")
-        if "budgets" not in config and episode.bops_fraction > config.get("budget", 0):
-            yield f"episode {number}: bops_fraction {episode.bops_fraction} is over the budget of {config.get('budget')}"
+        if budget is not None and not budget.within(episode.bit_widths):
+            yield f"episode {number}: its map is over the budget of {budget}"
 
 
 def _exported(
@@ -256,7 +264,15 @@ def check_references(folder: Path, sample: Sample, engine: Engine) -> Iterator[C
 
 
 def _check_table(
-    what: str, table: Certificates, network, problem: Problem, settings: TestSettings, sample: Sample, engine, *, skip_wrong=True
+    what: str,
+    table: Certificates,
+    network: nn.Module | None,
+    problem: Problem,
+    settings: TestSettings,
+    sample: Sample,
+    engine: Engine,
+    *,
+    skip_wrong: bool = True,
 ) -> Check:
     """A table's labels, radii that counts can give, and some of its images certified again where there is a network."""
     _, labels = problem.test_images(settings.every, settings.offset)
@@ -285,11 +301,13 @@ def _check_table(
     return _all(f"{what}, {len(rows)} images again", faults)
 
 
-def _certified(network, problem, settings, rows, skip_wrong, engine) -> Certificates:
+def _certified(
+    network: nn.Module, problem: Problem, settings: TestSettings, rows: list[int] | None, skip_wrong: bool, engine: Engine
+) -> Certificates:
     images, labels = problem.test_images(settings.every, settings.offset)
-    rows = np.arange(len(labels)) if rows is None else np.array(rows)
+    chosen = np.arange(len(labels)) if rows is None else np.array(rows)
     asked = {name: getattr(settings, name) for name in ("n0", "n", "alpha", "seed")} | {"method": Cohen(skip_wrong)}
-    return certify(network, images[rows], labels[rows], sigma=problem.sigma, **asked, map=engine.map)
+    return certify(network, images[chosen], labels[chosen], sigma=problem.sigma, **asked, map=engine.map)
 
 
 def _read(path: Path) -> dict:
@@ -299,7 +317,7 @@ def _read(path: Path) -> dict:
         raise ArqError(f"{path} cannot be read ({reason(error)}): restore the file") from error
 
 
-def _told(of, names) -> dict:
+def _told(of: Any, names: Iterable[str]) -> dict:
     return {name: getattr(of, name) for name in names}
 
 
@@ -308,13 +326,13 @@ def _compared(what: str, stated: dict, computed: dict) -> Check:
     return _all(what, _differences({name: stated.get(name) for name in computed}, computed))
 
 
-def _all(what: str, faults) -> Check:
+def _all(what: str, faults: Iterable[str]) -> Check:
     faults = list(faults)
     more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     return Check(what, not faults, "; ".join(faults[:3]) + more)
 
 
-def _differences(stated, computed, name: str = "", *, near: float = ROUNDING) -> Iterator[str]:
+def _differences(stated: Any, computed: Any, name: str = "", *, near: float = ROUNDING) -> Iterator[str]:
     """Where two documents differ, entry by entry."""
     if isinstance(stated, dict) and isinstance(computed, dict):
         for key in stated | computed:

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -134,7 +134,8 @@ class Evaluator:
         """
         keys = [tuple(bit_widths.items()) for bit_widths in maps]
         new = {key: self.regained(dict(key)) for key in keys if key not in self._known}
-        reward, made = self._reward, map(self._evaluate_here, new.values())
+        reward = self._reward
+        made: Iterable[Evaluation] = (self._evaluate_here(regained) for regained in new.values())
         if new and self.engine.workers > 1 and isinstance(reward, Soft) and self._calibrates and self.rounding == "exact":
             made = self._evaluate_in_parts(reward, list(new.values()))
         for key, evaluation in zip(new, made, strict=True):

@@ -47,7 +47,7 @@ class Engine:
 
     def submit(self, function: Callable, *arguments) -> Future:
         """Begin a call; what it gives is the future's ``result()``."""
-        future = Future()
+        future: Future = Future()
         try:
             future.set_result(function(*arguments))
         except Exception as error:
@@ -68,7 +68,8 @@ class _Remote(Engine):
     """
 
     def __init__(self, workers: int, submit: Callable[..., Future], share: Callable[[bytes], object], dumps: Callable):
-        self.workers, self._submit, self._share, self._dumps, self._shared = workers, submit, share, dumps, {}
+        self.workers, self._submit, self._share, self._dumps = workers, submit, share, dumps
+        self._shared: dict[str, object] = {}
 
     def submit(self, function, *arguments):
         return self._submit(_call, *self._held(function), arguments)
@@ -128,6 +129,7 @@ def engine(asked: str = "processes") -> Iterator[Engine]:
     threads = torch.get_num_threads()
     if name == "processes" and rest and not (rest.isascii() and rest.isdigit() and 1 <= int(rest) <= MOST_PROCESSES):
         raise ArqError(f"{rest!r} processes were asked for: give a whole number from 1 to {MOST_PROCESSES}")
+    opened: contextlib.AbstractContextManager[Engine]
     if name == "serial" or (name, rest, threads) == ("processes", "", 1):
         opened = contextlib.nullcontext(Engine())
     elif name == "processes":

@@ -78,7 +78,7 @@ def main(options):
 
     def evaluate(engine):
         fresh = Evaluator(problem, evaluator.settings)
-        vars(fresh).update({name: vars(evaluator)[name] for name in ("quantizer", "rounding", "_fp32_logits", "_reward_images")})
+        vars(fresh).update({name: vars(evaluator)[name] for name in ("quantizer", "rounding", "_reward")})  # measured once
         fresh.engine = engine
         return lambda: fresh.evaluate_many(maps)
 
@@ -86,7 +86,7 @@ def main(options):
         return lambda: certify(problem.network, images, labels, sigma=problem.sigma, n0=N0, n=options.n, alpha=0.01, map=engine.map)
 
     evaluator.evaluate_many([uniform(env.layers, 4, 4)])
-    _ = evaluator.reference, evaluator.rounding, evaluator._fp32_logits
+    _ = evaluator.reference, evaluator.rounding
     jobs = {
         "evaluations": (evaluate, len(maps)),
         "certification passes": (certificate, len(images) * (N0 + options.n)),
