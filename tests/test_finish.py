@@ -24,7 +24,7 @@ from tests.toy import make_toy_env, toy_network
 def options(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "make_env", lambda options: make_toy_env())
     asked = {"algorithm": "random", "env": "ARQ-Toy-v0", "budget": 0.03, "sigma": 0.5, "training": "gaussian", "seed": 0}
-    return Namespace(**asked, episodes=4, output=tmp_path / "run", test_images=20, test_n=100, finish=3)
+    return Namespace(**asked, episodes=4, output=tmp_path / "run", test_images=20, test_n=100, finish=3, engine="serial")
 
 
 def test_from_a_search_to_a_finished_network(options, capsys, monkeypatch):
