@@ -1,31 +1,68 @@
-"""Data sets by name, and the three disjoint parts every number in this project comes from.
+"""Data sets, and the three disjoint parts every number in this project comes from.
 
 ========== ======================================= ========================================================================
 part       images                                  used for
 ========== ======================================= ========================================================================
-train      training images, all but the last 2,000 pretraining, fine-tuning, calibration; confirming a search
-reward     the last 2,000 training images          the reward of a search; watched during both trainings, never fitted to
+train      training images, but for the reward's   pretraining, fine-tuning, calibration; confirming a search
+reward     2,000 training images, or a tenth       the reward of a search; watched during both trainings, never fitted to
 test       test images                             final certificates; never seen by a search
 ========== ======================================= ========================================================================
+
+Of CIFAR-10 and Signs the reward part is the last 2,000 training images. Of data of one's own it is ``val/`` where there is also
+``test/``, else at most 2,000 and at most a tenth of the training images, drawn always alike.
 """
 
+import os
+from pathlib import Path
+
 from arq_env.datasets import cifar10, signs
+from arq_env.datasets.own import REWARD_IMAGES, from_folder, from_function, from_npz
 from arq_env.datasets.parts import Dataset, Split
 from arq_env.support.errors import ArqError
 
 __all__ = ["Dataset", "REWARD_IMAGES", "Split", "load_dataset", "load_if_here"]
 
-#: Number of training images kept out of training and calibration, for the reward.
-REWARD_IMAGES = 2_000
 
+def load_dataset(
+    data: str, *, image_size: int | None = None, flip: bool | None = None, reward_images: int | None = None
+) -> Dataset:
+    """The data set that ``data`` names.
 
-def load_dataset(name: str) -> Dataset:
-    """Load ``"cifar10"`` (downloaded once) or ``"signs"`` (rendered once).
+    It is ``"cifar10"`` (downloaded once), ``"signs"`` (rendered once), ``"imagenet"`` (the folder that ``ARQ_IMAGENET`` names), a
+    folder of images (:func:`arq_env.datasets.own.from_folder`), an ``.npz`` file (:func:`arq_env.datasets.own.from_npz`), or
+    ``"module:function"``, called without arguments, which returns a :class:`Dataset`.
 
-    :raises ArqError: for an unknown name, or data that cannot be had.
+    :param image_size: of a folder's images: their edge in pixels, to which they are scaled and cut; None where all have one size
+    :param flip: of a folder or file: whether a mirrored image keeps its class (default: no)
+    :param reward_images: of a folder or file without a reward part: how many training images to keep out for it
+    :raises ArqError: for an unknown name, data that cannot be had, and options that these data do not have
     """
-    if name not in _SOURCES:
-        raise ArqError(f"there is no data set {name!r}: choose one of {', '.join(_SOURCES)}")
+    for name, value in (("image_size", image_size), ("reward_images", reward_images)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ArqError(f"{name} is {value!r}: give a whole number of at least 1")
+    options = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
+    if data == "imagenet" and (folder := os.environ.get("ARQ_IMAGENET")):
+        data = folder
+    path = Path(data).expanduser()
+    if data not in _SOURCES and path.is_dir():
+        return from_folder(data, image_size=image_size, flip=bool(flip), reward_images=reward_images)
+    unused = {"image_size": image_size} if path.suffix == ".npz" else options
+    if given := [name for name, value in unused.items() if value is not None]:
+        raise ArqError(f"{data} takes no {given[0]}: leave it out")
+    if data in _SOURCES:
+        return _shipped(data)
+    if path.suffix == ".npz":
+        return from_npz(data, flip=bool(flip), reward_images=reward_images)
+    if ":" in data:
+        return from_function(data)
+    if data == "imagenet":
+        raise ArqError("there is no ImageNet: set ARQ_IMAGENET to its folder, with train/ and val/, or give that as the data")
+    raise ArqError(
+        f"there is no data set {data!r}: choose {', '.join(_SOURCES)}, a folder of images, an .npz file or module:function"
+    )
+
+
+def _shipped(name: str) -> Dataset:
     source, flip = _SOURCES[name]
     arrays = source.load_arrays()
     images, labels = arrays["train"]

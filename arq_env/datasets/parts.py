@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arq_env.datasets.files import ImageFiles
 from arq_env.support.errors import ArqError
 
 PARTS = ("train", "reward", "test")
@@ -17,7 +18,7 @@ SHARED = 0.01
 class Split(NamedTuple):
     """images: uint8 [n, h, w, channels], 1 to 4 channels; labels: int64 [n], from 0 to the number of classes - 1."""
 
-    images: np.ndarray
+    images: np.ndarray | ImageFiles
     labels: np.ndarray
 
 
@@ -26,6 +27,7 @@ class Dataset:
     """A data set cut into its three parts; ``flip`` says whether a mirrored image keeps its class.
 
     Parts may be given as anything NumPy takes for arrays: lists, tensors on the CPU, memory maps. They are never written to.
+    Images may also be :class:`arq_env.datasets.files.ImageFiles`.
 
     :param classes: their names, two or more
     :raises ArqError: when images are not uint8 [n, h, w, channels] of one shape, labels are not whole numbers that name a class,
@@ -38,8 +40,19 @@ class Dataset:
     train: Split
     reward: Split
     test: Split
-    #: SHA-256 of all images and labels.
+    #: SHA-256 of all images (of files, as :meth:`arq_env.datasets.files.ImageFiles.digests` tells them apart) and labels.
     digest: str = field(init=False, repr=False, compare=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one image, as networks take it: [c, h, w]."""
+        height, width, channels = self.train.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each part."""
+        return {name: len(getattr(self, name).labels) for name in PARTS}
 
     def __post_init__(self):
         if isinstance(self.classes, str) or not hasattr(self.classes, "__len__") or len(self.classes) < 2:
@@ -58,13 +71,20 @@ class Dataset:
             if part.images.shape[1:] != self.train.images.shape[1:]:
                 shapes = part.images.shape[1:], self.train.images.shape[1:]
                 raise ArqError(f"the {name} images are {shapes[0]} and the train images {shapes[1]}: give all parts the same shape")
-            digests[name] = [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in part.images]
+            digests[name] = _digests(part.images)
         _check_disjoint(digests)
         whole = hashlib.sha256(repr((tuple(self.classes), bool(self.flip), self.train.images.shape[1:])).encode())
         for name in PARTS:
             whole.update(name.encode() + b"".join(digests[name]) + getattr(self, name).labels.tobytes())
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "digest", whole.hexdigest())
+
+
+def _digests(images: np.ndarray | ImageFiles) -> list[bytes]:
+    """One for each image."""
+    if isinstance(images, ImageFiles):
+        return images.digests()
+    return [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
 
 
 def _check_disjoint(digests: dict[str, list[bytes]]) -> None:
@@ -78,8 +98,10 @@ def _check_disjoint(digests: dict[str, list[bytes]]) -> None:
             )
 
 
-def _images(name: str, images) -> np.ndarray:
+def _images(name: str, images) -> np.ndarray | ImageFiles:
     """The images, seen as what torch can take."""
+    if isinstance(images, ImageFiles):
+        return images
     images = _array(f"{name} images", images)
     if images.dtype != np.uint8:
         raise ArqError(

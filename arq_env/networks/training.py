@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from arq_env.datasets import Dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
+from arq_env.datasets.files import ImageFiles
 from arq_env.networks.checkpoints import channels_last
 from arq_env.networks.recipe import Recipe
 from arq_env.networks.state import restore_state, save_state
@@ -62,7 +63,9 @@ def train(
             "the recipe distils and there is no teacher in evaluation mode: give teacher=, or a recipe with distillation=0"
         )
     steps = batches_per_epoch(dataset, recipe)
-    images = as_tensor(dataset.train.images).to(device)
+    images = dataset.train.images
+    if not isinstance(images, ImageFiles):
+        images = as_tensor(images).to(device)
     labels = as_tensor(dataset.train.labels).to(device)
     channels_last(network.to(device))
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
@@ -102,11 +105,12 @@ def train(
         if epoch % (recipe.epochs // recipe.cycles) == 0:
             schedule = new_cycle()
         generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images), generator=generator, device=device)
+        order = torch.randperm(len(labels), generator=generator, device=device)
         network.train()
         total, start = torch.zeros((), device=device), time.perf_counter()
         for chosen in order[: steps * recipe.batch].split(recipe.batch):
-            batch = to_float(random_crop(images[chosen], generator, flip=dataset.flip))
+            taken = as_tensor(images[chosen.cpu().numpy()]).to(device) if isinstance(images, ImageFiles) else images[chosen]
+            batch = to_float(random_crop(taken, generator, flip=dataset.flip))
             batch = torch.cat([batch] * recipe.noises)
             noise = torch.randn(batch.shape, generator=generator, device=device)
             batch.add_(noise, alpha=recipe.sigma)
