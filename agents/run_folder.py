@@ -31,12 +31,7 @@ def export_map(folder: Path, env: ArqEnv, bit_widths: BitWidthMap, budget: Budge
         sigma=problem.sigma,
         budget=budget,
         metrics=metrics,
-        provenance=provenance()
-        | {
-            "checkpoint": problem.card.get("digest"),
-            "training": problem.card.get("training"),
-            "certifier": dataclasses.asdict(env.settings),
-        },
+        provenance=provenance() | problem.origin | {"certifier": dataclasses.asdict(env.settings)},
     )
 
 

@@ -1,6 +1,7 @@
 """The Markov decision process: one step a layer, the certifier's verdict at the end."""
 
 import dataclasses
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from arq_env.support.render import render_ansi, render_rgb
 REACH = 1
 #: Reward per unit of relative ACR: losing all of FP32's ACR gives -10.
 REWARD_SCALE = 10.0
-#: Characters of a network's, data set's or device's name, which become part of a file's.
+#: Characters of a device's name.
 LONGEST_NAME = 64
 
 
@@ -286,34 +287,61 @@ def arq_env_of(env: gymnasium.Env) -> ArqEnv:
 
 
 def make_env(
-    network: str,
-    dataset: str,
+    network: str | None = None,
+    data: str | None = None,
     sigma: float = 0.5,
     training: str = "gaussian",
+    checkpoint: str | None = None,
+    normalize: Sequence[Sequence[float]] | None = None,
+    keep: Sequence[str] = (),
+    network_arguments: dict | None = None,
+    image_size: int | None = None,
+    flip: bool | None = None,
+    reward_images: int | None = None,
     budget: BudgetSpec = 1 / 64,
     end_bits: int = END_BITS,
     device: str = "cpu",
     render_mode: str | None = None,
     **settings: Any,
 ) -> gymnasium.Env:
-    """What ``gym.make`` calls: the environment of a shipped checkpoint; every argument can be written as JSON.
+    """What ``gym.make`` calls: the environment of a network and its data; every argument can be written as JSON.
 
+    :param network, data, sigma, training, checkpoint, normalize, keep: as for :func:`arq_env.problem.load_problem`
+    :param network_arguments, image_size, flip, reward_images, device: likewise
     :param render_mode: as for :class:`ArqEnv`, or "human" for Gymnasium's window around it
-    :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`
+    :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`; of data of one's own with fewer reward images than its
+        default all are taken
     :raises ArqError: for an unknown argument or one out of range, a missing checkpoint or a budget that cannot be met
     """
     known = [field.name for field in dataclasses.fields(CertifierSettings)]
     for name in settings:
         if name not in known:
-            others = "sigma, training, budget, end_bits, device, render_mode"
-            raise ArqError(f"there is no argument {name!r}: choose of {others}, {', '.join(known)}")
-    for name, value in (("network", network), ("dataset", dataset), ("training", training), ("device", device)):
-        if not (isinstance(value, str) and len(value) <= LONGEST_NAME):
-            raise ArqError(f"{name} is {value!r}: give a name of at most {LONGEST_NAME} characters")
+            others = [other for other in inspect.signature(make_env).parameters if other != "settings"]
+            raise ArqError(f"there is no argument {name!r}: choose of {', '.join((*others, *known))}")
+    for name, value in (("network", network), ("data", data)):
+        if value is None:
+            raise ArqError(f"{name} is None: give it by name, path or as module:function")
+    if not (isinstance(device, str) and len(device) <= LONGEST_NAME):
+        raise ArqError(f"device is {device!r}: give a name of at most {LONGEST_NAME} characters")
     if isinstance(sigma, bool) or not (isinstance(sigma, numbers.Real) and 0 < sigma < 1e6):
         raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
     certifier, human = CertifierSettings(**settings), isinstance(render_mode, str) and render_mode == "human"
-    problem = load_problem(network, dataset, sigma=float(sigma), training=training, device=device)
+    problem = load_problem(
+        network,
+        data,
+        sigma=float(sigma),
+        training=training,
+        checkpoint=checkpoint,
+        normalize=normalize,
+        keep=keep,
+        network_arguments=network_arguments,
+        image_size=image_size,
+        flip=flip,
+        reward_images=reward_images,
+        device=device,
+    )
+    if "images" not in settings and "arguments" in problem.card:
+        certifier = dataclasses.replace(certifier, images=min(certifier.images, problem.dataset.counts["reward"]))
     render_mode = "rgb_array" if human else render_mode
     env = ArqEnv(problem, budget=budget, end_bits=end_bits, settings=certifier, render_mode=render_mode)
     return gymnasium.wrappers.HumanRendering(env) if human else env

@@ -1,8 +1,9 @@
 """What is being quantized: a network, its layers, its data and its noise level."""
 
+import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -14,16 +15,19 @@ import torch
 from arq_env.bitwidths import MIN_BITS, BitWidthMap, bops_fraction, load_map
 from arq_env.budget import make_budget
 from arq_env.certification import network_digest
-from arq_env.datasets import Dataset, Split, load_dataset
+from arq_env.datasets import Dataset, Split, known_shape, load_dataset
 from arq_env.datasets.augment import add_noise, as_tensor, random_crop, to_float
 from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
+from arq_env.networks.own import load_own
 from arq_env.quantization.convert import check_conversion
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json, sha256
 
 #: Training images that ranges of activations and BatchNorm's statistics are estimated on; more of them rank maps no better.
 CALIBRATION_IMAGES = 320
+#: Characters of a name or a path.
+LONGEST_PATH = 1_024
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Problem:
     :param network: in evaluation mode; images [n, c, h, w] in [0, 1] to logits (normalisation inside)
     :param load: returns the data set; called at the first use of an image, so that building a problem downloads nothing
     :param sigma: standard deviation of the smoothing noise, in units of pixels in [0, 1]
-    :param input_shape: of one image, [c, h, w]
+    :param input_shape: of one image, [c, h, w]; None for that of the data set, which is then loaded to find it
     :param keep: what may stay at full precision, as for :func:`arq_env.layers.find_layers`
     :param card: what the network is and where it comes from, for the files that results are written to
     """
@@ -41,7 +45,7 @@ class Problem:
     network: torch.nn.Module
     load: Callable[[], Dataset]
     sigma: float
-    input_shape: tuple[int, int, int] = (3, 32, 32)
+    input_shape: tuple[int, int, int] | None = None
     keep: tuple[str, ...] = ()
     card: dict = field(default_factory=dict)
 
@@ -66,8 +70,9 @@ class Problem:
         :raises ArqError: when the network is not understood, see :func:`arq_env.layers.find_layers` and
             :func:`arq_env.quantization.convert.check_conversion`
         """
-        layers = find_layers(self.network, self.input_shape, self.keep)
-        noise = torch.rand(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
+        shape = self.input_shape or self.dataset.image_shape
+        layers = find_layers(self.network, shape, self.keep)
+        noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         check_conversion(self.network, layers, noise.to(self.device))
         return layers
 
@@ -80,13 +85,21 @@ class Problem:
         dataset = self.load()
         if not isinstance(dataset, Dataset):
             raise ArqError(f"load() gave {type(dataset).__name__!r}: let it return an arq_env.datasets.Dataset")
-        height, width, channels = dataset.train.images.shape[1:]
-        if (channels, height, width) != tuple(self.input_shape):
+        if self.input_shape is not None and dataset.image_shape != tuple(self.input_shape):
             raise ArqError(
-                f"the input shape is {tuple(self.input_shape)} and the images are {(channels, height, width)}: give "
-                f"input_shape={(channels, height, width)}, since what a layer costs depends on it"
+                f"the input shape is {tuple(self.input_shape)} and the images are {dataset.image_shape}: give "
+                f"input_shape={dataset.image_shape}, since what a layer costs depends on it"
             )
         return dataset
+
+    @property
+    def origin(self) -> dict:
+        """What files of results say of where the network and its data come from, so that :func:`load_mapped` finds them again."""
+        said = {"checkpoint": self.card.get("digest"), "training": self.card.get("training")}
+        if "arguments" not in self.card:  # of a shipped network, whose name says all, or made from objects
+            return said
+        data = {"images": self.dataset.counts, "data": self.data_digest}
+        return said | {"problem": self.card["arguments"] | {"digests": data | {"network": self.digest}}}
 
     @property
     def data_digest(self) -> str:
@@ -138,16 +151,83 @@ def _as_pixels(split: Split, chosen: slice | np.ndarray) -> tuple[torch.Tensor, 
     return to_float(as_tensor(split.images[chosen])), split.labels[chosen]
 
 
-def load_problem(network: str, dataset: str, *, sigma: float = 0.5, training: str = "gaussian", device: str = "cpu") -> Problem:
-    """The problem of a shipped checkpoint.
+def load_problem(
+    network: str,
+    data: str,
+    *,
+    sigma: float = 0.5,
+    training: str = "gaussian",
+    checkpoint: str | None = None,
+    normalize: Sequence[Sequence[float]] | None = None,
+    keep: Sequence[str] = (),
+    network_arguments: dict | None = None,
+    image_size: int | None = None,
+    flip: bool | None = None,
+    reward_images: int | None = None,
+    device: str = "cpu",
+) -> Problem:
+    """The problem of a shipped checkpoint, or of a network of one's own; all can be written as JSON.
 
-    :raises ArqError: for sigma out of range, when there is no such checkpoint, or it is damaged, or there is no such device
+    :param network: a shipped network's name, or ``"module:function"``, which returns a module
+    :param data: as for :func:`arq_env.datasets.load_dataset`, with ``image_size``, ``flip`` and ``reward_images``
+    :param training: which of a shipped network's checkpoints; of no meaning for others
+    :param checkpoint, normalize, network_arguments: as for :func:`arq_env.networks.own.load_own`; a shipped network's name with a
+        checkpoint is its architecture with those weights
+    :param keep: as of :class:`Problem`
+    :raises ArqError: for an argument out of range, when network, checkpoint, data or device are not there, and when they do not fit
+        each other
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma <= sys.float_info.max:
         raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
-    module, card = load_checkpoint(Checkpoint(network, dataset, float(sigma), training))
+    for name, value in (("network", network), ("data", data), ("training", training), ("checkpoint", checkpoint)):
+        if not (isinstance(value, str) and 0 < len(value) <= LONGEST_PATH or name == "checkpoint" and value is None):
+            raise ArqError(f"{name} is {value!r}: give a name or a path of at most {LONGEST_PATH} characters")
+    if not isinstance(network_arguments, dict | None):
+        raise ArqError(f"network_arguments is {network_arguments!r}: give a dictionary of the function's keyword arguments")
+    of_data = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
+    of_network = {
+        "checkpoint": checkpoint,
+        "normalize": normalize,
+        "network_arguments": network_arguments,
+        "keep": _names(keep) or None,
+    }
+    given = {name: value for name, value in (of_network | of_data).items() if value is not None}
+    if checkpoint is None and ":" not in network:
+        if given:
+            raise ArqError(f"{next(iter(given))} is for networks of your own: leave it out, or give a checkpoint, too")
+        module, card = load_checkpoint(Checkpoint(network, data, float(sigma), training))
+        check_device(device)
+        return Problem(module.to(device), partial(load_dataset, data), float(sigma), known_shape(data), card=card)
+    try:
+        arguments = json.loads(json.dumps({"network": network, "data": data} | given))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArqError(f"the arguments of the network cannot be written as JSON ({reason(error)}): give plain data") from error
+    module, digest = load_own(network, network_arguments, checkpoint, normalize)
     check_device(device)
-    return Problem(module.to(device), partial(load_dataset, dataset), float(sigma), card=card)
+    card = {"network": network, "dataset": data, "sigma": float(sigma), "training": None, "digest": digest, "arguments": arguments}
+    load = partial(load_dataset, data, **of_data)
+    problem = Problem(module.to(device), load, float(sigma), known_shape(data), keep=tuple(_names(keep)), card=card)
+    _check_classes(problem)
+    return problem
+
+
+def _names(keep) -> list[str]:
+    names = [keep] if isinstance(keep, str) else keep
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ArqError(f"keep is {keep!r}: give a list of the names that may stay at full precision")
+    return list(names)
+
+
+def _check_classes(problem: Problem) -> None:
+    """Make sure that there are as many logits as classes, for labels are their numbers."""
+    _ = problem.layers  # which makes sure that there are logits
+    with torch.inference_mode():
+        logits = problem.network(torch.zeros(1, *problem.dataset.image_shape, device=problem.device)).shape[1]
+    if logits != len(problem.dataset.classes):
+        raise ArqError(
+            f"the network has {logits} classes and the data have {len(problem.dataset.classes)}: give the data that it was trained "
+            "on, or build it with as many"
+        )
 
 
 def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, dict, Path]:
@@ -163,6 +243,8 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         names = header["network"], header["dataset"]
         made_with = header.get("provenance", {})
         training, sigma, digest = made_with.get("training", "gaussian"), header["sigma"], made_with.get("checkpoint")
+        arguments = dict(made_with.get("problem", {}))
+        digests = dict(arguments.pop("digests", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(
             f"{path} cannot be read as a bit-width map ({reason(error)}): give a run folder or a bit_widths.json, or, where "
@@ -170,16 +252,20 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         ) from error
     if None in names:
         raise ArqError(
-            f"{path} is a map for a network of your own, and this script is for shipped ones: call arq_env.bitwidths.load_map, "
-            "arq_env.finishing.finish and arq_env.comparison.compare_maps with your Problem"
+            f"{path} is a map for a network that was given as an object: give it to gym.make by import string, or call "
+            "arq_env.bitwidths.load_map, arq_env.finishing.finish and arq_env.comparison.compare_maps with your Problem"
         )
-    if not all(isinstance(name, str) for name in (*names, training)):
+    if arguments:
+        problem = _load_again(path, arguments, sigma, device)
+    elif all(isinstance(name, str) for name in (*names, training)):
+        problem = load_problem(*names, sigma=sigma, training=training, device=device)
+    else:
         raise ArqError(f"{path} has network, dataset or training that is no name: restore the file, or search again")
-    problem = load_problem(*names, sigma=sigma, training=training, device=device)
     if digest not in (None, problem.card["digest"]):
         raise ArqError(
             f"{path} was found for other weights than the checkpoint that is here: search again, or restore that checkpoint"
         )
+    _check_same(path, problem, digests)
     bit_widths, document = load_map(path, problem.layers)
     fraction, budget = bops_fraction(bit_widths, problem.layers), document.get("budget")
     if isinstance(budget, dict):
@@ -191,6 +277,33 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
             f"the map in {path} costs {fraction:.4%} of FP32's bit operations, more than its budget of {budget:.4%}", stacklevel=2
         )
     return problem, bit_widths, document, path
+
+
+def _load_again(path: Path, arguments: dict, sigma: float, device: str) -> Problem:
+    """The problem of a network of one's own, from what a file of results says of it."""
+    try:
+        return load_problem(**arguments, sigma=sigma, device=device)
+    except TypeError as error:
+        raise ArqError(f"{path} says of its network what is not understood ({reason(error)}): restore the file") from error
+    except ArqError as error:
+        raise ArqError(f"what {path} was made for is not here: {error}") from error
+
+
+def _check_same(path: Path, problem: Problem, digests: dict) -> None:
+    """Compare data and network with those that a file of results was made with, where it says so; the latter's digest only warns,
+    for another version of Python gives another, too.
+    """
+    if "data" in digests and digests["data"] != problem.data_digest:
+        raise ArqError(
+            f"{path} was found on other data than {problem.card['dataset']} is here ({digests.get('images')} images there, "
+            f"{problem.dataset.counts} here, or others): search again, or restore them"
+        )
+    if "network" in digests and digests["network"] != problem.digest:
+        warnings.warn(
+            f"{problem.card['network']} builds a network that computes otherwise than that of {path} did, or the version of Python "
+            "is another",
+            stacklevel=3,
+        )
 
 
 def check_device(device: str) -> None:

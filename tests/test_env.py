@@ -23,6 +23,7 @@ from arq_env.bitwidths import Bits, bops_fraction, uniform
 from arq_env.env import REWARD_SCALE, make_env
 from arq_env.evaluation import CertifierSettings
 from arq_env.registration import ENVIRONMENTS, register_all
+from tests.own import arguments_of
 from tests.toy import make_toy_env, toy_problem
 
 IDS = [*ENVIRONMENTS, "ARQ-Toy-v0"]
@@ -47,7 +48,7 @@ def play(env, action=None, seed=0):
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("render_mode", ["ansi", "rgb_array"])
 def test_checkers_find_nothing(name, render_mode):
-    env = gymnasium.make(name, render_mode=render_mode).unwrapped
+    env = gymnasium.make(name, render_mode=render_mode, **arguments_of(name)).unwrapped
     gymnasium_check_env(env)
     sb3_check_env(env)
     env.close()
@@ -56,9 +57,9 @@ def test_checkers_find_nothing(name, render_mode):
 
 @pytest.mark.parametrize("name", IDS)
 def test_spec_survives_json(name):
-    env = gymnasium.make(name, budget=0.02)
+    env = gymnasium.make(name, **arguments_of(name) | {"budget": 0.05})
     spec = gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json())
-    assert gymnasium.make(spec).unwrapped.default_budget.value == 0.02
+    assert gymnasium.make(spec).unwrapped.default_budget.value == 0.05
 
 
 def test_registering_twice_is_harmless_and_import_is_light():

@@ -12,6 +12,7 @@ from arq_agents.algorithms import ALGORITHMS, WARM_UP_EPISODES, DecayingNoise, h
 from arq_agents.callbacks import ExplorationNoise
 from arq_agents.methods import EPISODES
 from arq_env.registration import ENVIRONMENTS, HORIZONS
+from tests.own import arguments_of
 from tests.toy import make_toy_env
 
 
@@ -20,8 +21,9 @@ def test_configurations_are_plain_data_for_every_id(algorithm):
     configuration = importlib.import_module(f"arq_agents.zoo.{algorithm}").hyperparams
     assert list(configuration) == list(ENVIRONMENTS) and json.dumps(configuration)
     for name, settings in configuration.items():
-        horizon = gymnasium.make(name).unwrapped.horizon
-        assert horizon == HORIZONS[ENVIRONMENTS[name]["network"]] == settings["n_steps"]
+        horizon = HORIZONS[name]
+        assert gymnasium.make(name, **arguments_of(name)).unwrapped.horizon == horizon or name == "ARQ-Custom-v0"
+        assert settings["n_steps"] == horizon
         assert settings["n_timesteps"] == EPISODES * horizon
 
 

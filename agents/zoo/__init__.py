@@ -1,6 +1,6 @@
 """The agents' hyperparameters in rl_zoo3's format, a module an algorithm: ``--conf-file arq_agents.zoo.td3``."""
 
-from arq_env.registration import ENVIRONMENTS, HORIZONS
+from arq_env.registration import HORIZONS
 
 from ..algorithms import hyperparameters
 from ..methods import EPISODES
@@ -8,7 +8,7 @@ from ..methods import EPISODES
 
 def configuration(algorithm: str) -> dict:
     """Environment id to keyword arguments, as rl_zoo3 reads them: plain data, nothing in it shared by two models."""
-    return {name: _settings(algorithm, HORIZONS[kwargs["network"]]) for name, kwargs in ENVIRONMENTS.items()}
+    return {name: _settings(algorithm, horizon) for name, horizon in HORIZONS.items()}
 
 
 def _settings(algorithm: str, horizon: int) -> dict:

@@ -13,14 +13,13 @@ Of CIFAR-10 and Signs the reward part is the last 2,000 training images. Of data
 """
 
 import os
-from pathlib import Path
 
 from arq_env.datasets import cifar10, signs
 from arq_env.datasets.own import REWARD_IMAGES, from_folder, from_function, from_npz
 from arq_env.datasets.parts import Dataset, Split
 from arq_env.support.errors import ArqError
 
-__all__ = ["Dataset", "REWARD_IMAGES", "Split", "load_dataset", "load_if_here"]
+__all__ = ["Dataset", "REWARD_IMAGES", "Split", "known_shape", "load_dataset", "load_if_here"]
 
 
 def load_dataset(
@@ -40,18 +39,19 @@ def load_dataset(
     for name, value in (("image_size", image_size), ("reward_images", reward_images)):
         if value is not None and (type(value) is not int or value < 1):
             raise ArqError(f"{name} is {value!r}: give a whole number of at least 1")
+    if not isinstance(flip, bool | None):
+        raise ArqError(f"flip is {flip!r}: say with True or False whether a mirrored image keeps its class")
     options = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
     if data == "imagenet" and (folder := os.environ.get("ARQ_IMAGENET")):
         data = folder
-    path = Path(data).expanduser()
-    if data not in _SOURCES and path.is_dir():
+    if data not in _SOURCES and os.path.isdir(os.path.expanduser(data)):
         return from_folder(data, image_size=image_size, flip=bool(flip), reward_images=reward_images)
-    unused = {"image_size": image_size} if path.suffix == ".npz" else options
+    unused = {"image_size": image_size} if data.endswith(".npz") else options
     if given := [name for name, value in unused.items() if value is not None]:
         raise ArqError(f"{data} takes no {given[0]}: leave it out")
     if data in _SOURCES:
         return _shipped(data)
-    if path.suffix == ".npz":
+    if data.endswith(".npz"):
         return from_npz(data, flip=bool(flip), reward_images=reward_images)
     if ":" in data:
         return from_function(data)
@@ -60,6 +60,11 @@ def load_dataset(
     raise ArqError(
         f"there is no data set {data!r}: choose {', '.join(_SOURCES)}, a folder of images, an .npz file or module:function"
     )
+
+
+def known_shape(data: str) -> tuple[int, int, int] | None:
+    """The shape [c, h, w] of the images of CIFAR-10 and Signs, without loading them; None for other data."""
+    return _SOURCES[data][0].SHAPE if data in _SOURCES else None
 
 
 def _shipped(name: str) -> Dataset:

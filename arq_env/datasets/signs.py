@@ -13,6 +13,7 @@ SIZES = {"train": 20_000, "test": 2_000}
 #: Change it with anything that changes a pixel: it names the cached file.
 VERSION = 1
 SIZE = 32
+SHAPE = (3, SIZE, SIZE)
 CHUNK = 500  # images rendered at a time, which bounds the memory
 
 RED, WHITE, BLUE, BLACK = (0.75, 0.08, 0.10), (0.92, 0.92, 0.90), (0.08, 0.25, 0.70), (0.08, 0.08, 0.08)
