@@ -171,16 +171,20 @@ def read_agent_config(run: Path) -> dict:
 
 
 def learned_on(run: Path) -> dict:
-    """What an agent for all budgets learned on: ``env, sigma, training, regained_bits``, as a command line gives them.
+    """What an agent for all budgets learned on: ``env, sigma, training, regained_bits``, as a command line gives them, and
+    ``problem``, the arguments of a network of one's own.
 
     :return: without what the folder does not say, such as the training in one that no script made
     :raises ArqError: as :func:`read_agent_config`
     """
     config = read_agent_config(run)
-    certifier = config.get("certifier")
+    certifier, made_with = config.get("certifier"), config.get("provenance")
     found = {name: config.get(name) for name in ("env", "sigma", "training")}
     found["regained_bits"] = certifier.get("regained_bits") if isinstance(certifier, dict) else None
-    kinds = {"env": str, "sigma": int | float, "training": str, "regained_bits": int}
+    problem = made_with.get("problem") if isinstance(made_with, dict) else None
+    if isinstance(problem, dict):
+        found["problem"] = {name: value for name, value in problem.items() if name != "digests"}
+    kinds = {"problem": dict, "env": str, "sigma": int | float, "training": str, "regained_bits": int}
     return {name: value for name, value in found.items() if isinstance(value, kinds[name]) and not isinstance(value, bool)}
 
 

@@ -6,7 +6,9 @@ imported here, before a call, but what Python itself brings.
 
 import argparse
 import errno
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -95,6 +97,90 @@ def add_test_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=getattr(TestSettings, name), help=what)
 
 
+class _Own(argparse.Action):
+    """``--network``: the id becomes that of networks of one's own, unless another is given."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        from arq_env.registration import CUSTOM, DEFAULT
+
+        namespace.network = value
+        if getattr(namespace, "env", None) in (None, DEFAULT):
+            namespace.env = CUSTOM
+
+
+def _key_and_value(text: str) -> tuple[str, object]:
+    """``width=0.5`` as a name and a value: JSON where it is, else text."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no argument: give NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+_numbers.__name__ = "list of numbers"
+
+#: Options of :func:`add_problem`, which are arguments of ``gym.make`` where they are given.
+OWN = ("network", "checkpoint", "data", "normalize", "keep", "network_arguments", "image_size", "flip", "reward_images")
+COUNTS = ("images", "calibration_images")
+
+
+def add_problem(parser: argparse.ArgumentParser, *, trained: bool = True) -> None:
+    """The options that name a network of one's own and its data, see :func:`arq_env.problem.load_problem`.
+
+    :param trained: whether it has weights
+    """
+    own = parser.add_argument_group("a network and data of your own")
+    own.add_argument("--network", action=_Own, metavar="MODULE:FUNCTION", help="returns a torch module; looked for here, too")
+    own.add_argument(
+        "--data",
+        "--dataset",
+        metavar="DATA",
+        help="folder with train/ and test/ or val/, .npz file, module:function that returns a Dataset, cifar10, signs or imagenet",
+    )
+    own.add_argument(
+        "--network-arguments", nargs="+", type=_key_and_value, metavar="NAME=VALUE", help="keyword arguments for the function"
+    )
+    own.add_argument("--image-size", type=whole(1), metavar="PIXELS", help="scale and cut a folder's images to this edge")
+    own.add_argument("--flip", action=argparse.BooleanOptionalAction, help="whether a mirrored image keeps its class")
+    own.add_argument(
+        "--reward-images", type=whole(1), metavar="N", help="training images kept out for the reward (default: a tenth)"
+    )
+    if not trained:
+        return
+    own.add_argument("--checkpoint", metavar="FILE", help="the network's weights: .safetensors, or of torch.save")
+    own.add_argument(
+        "--normalize",
+        nargs=2,
+        type=_numbers,
+        metavar=("MEAN", "STD"),
+        help="of each channel, such as 0.5,0.4,0.4 0.2,0.2,0.3; put first",
+    )
+    own.add_argument(
+        "--keep", nargs="+", metavar="NAME", help="modules and parameters that may stay at full precision, * for any part"
+    )
+
+
+def own_arguments(options: argparse.Namespace) -> dict:
+    """What was given of :func:`add_problem`'s options, as keyword arguments of :func:`arq_env.problem.load_problem`."""
+    given = {name: getattr(options, name) for name in OWN if getattr(options, name, None) is not None}
+    if isinstance(given.get("network_arguments"), list):
+        given["network_arguments"] = dict(given["network_arguments"])
+    return given
+
+
+def label(options: argparse.Namespace) -> str:
+    """A network of one's own and its data, as a part of a folder's name; nothing for what an id says."""
+    given = own_arguments(options)
+    parts = [given[name].rpartition(":")[2] for name in ("network", "data") if name in given]
+    return "".join(f"-{re.sub('[^a-zA-Z0-9_.-]+', '-', os.path.basename(os.path.normpath(part)))}" for part in parts)
+
+
 def add_environment(
     parser: argparse.ArgumentParser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0
 ) -> None:
@@ -103,9 +189,16 @@ def add_environment(
     :param budget: the default; without it there is no such option
     :param training, regained_bits: defaults
     """
+    from arq_env.registration import DEFAULT
     from arq_env.support.settings import MAX_BITS, MIN_BITS
 
-    parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
+    parser.add_argument("--env", default=DEFAULT, help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
+    add_problem(parser)
+    for name, what in (
+        ("images", "reward images of an evaluation"),
+        ("calibration-images", "training images that ranges come from"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{what} (default: the id's, or what there is)")
     if budget is not None:
         parser.add_argument(
             "--budget",

@@ -22,7 +22,7 @@ from arq_env.support.engines import Engine, engine
 from arq_env.support.files import write_json
 from arq_env.support.settings import TestSettings
 
-from .command_line import budget_name
+from .command_line import COUNTS, budget_name, label, own_arguments
 from .search import search
 from .trace import Episode, read_trace
 
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> None:
     """
     algorithm = options.algorithm
     trained = "" if options.training == "gaussian" else f"-{options.training}"
-    problem = f"{options.env}-budget{budget_name(options.budget)}-sigma{options.sigma:g}{trained}"
+    problem = f"{options.env}{label(options)}-budget{budget_name(options.budget)}-sigma{options.sigma:g}{trained}"
     folder = options.output or Path("runs") / f"{algorithm}-{problem}-seed{options.seed}"
     env = make_env(options)
     print(
@@ -66,9 +66,12 @@ def main(options: argparse.Namespace) -> None:
 def make_env(options: argparse.Namespace) -> gymnasium.Env:
     """The environment that a command line asks for.
 
-    :param options: with ``env, budget, sigma, training, device, regained_bits``
+    :param options: with ``env, budget, sigma, training, device, regained_bits``, and what
+        :func:`arq_agents.command_line.add_environment` has of a network of one's own
     """
     arguments = {name: getattr(options, name) for name in ("budget", "sigma", "training", "device", "regained_bits")}
+    arguments |= own_arguments(options)
+    arguments |= {name: getattr(options, name) for name in COUNTS if getattr(options, name, None) is not None}
     try:
         return gymnasium.make(options.env, disable_env_checker=True, **arguments)
     except TypeError as error:  # an environment that takes no budget

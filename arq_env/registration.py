@@ -14,6 +14,9 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "ARQ-Custom-v0": {},
 }
 
+#: What scripts take by default, and the id of networks of one's own.
+DEFAULT, CUSTOM = "ARQ-ResNet20-v0", "ARQ-Custom-v0"
+
 #: Steps of an episode: the network's layers but the first and the last. Of a network of one's own more than it has as a rule, since
 #: n-step returns end with the episode.
 HORIZONS = {

@@ -29,6 +29,8 @@ from arq_env import ArqError
 
 def main(options):
     known = learned_on(options.agent)
+    if options.env is None and not command_line.own_arguments(options):  # else elsewhere
+        vars(options).update(known.get("problem", {}))
     for name in ("env", "sigma", "training", "regained_bits"):
         if getattr(options, name) is None:
             if name not in known:
@@ -36,7 +38,7 @@ def main(options):
                 raise ArqError(f"{options.agent}/config.json does not say what {option} the agent learned on: give --{option}")
             setattr(options, name, known[name])
     finer = f"-regained{options.regained_bits}" if options.regained_bits != known.get("regained_bits") else ""
-    applied = f"applied-{options.env}-sigma{options.sigma:g}-{options.training}{finer}"
+    applied = f"applied-{options.env}{command_line.label(options)}-sigma{options.sigma:g}-{options.training}{finer}"
     options.budget = max(options.budgets)
     env = make_env(options)
     agent, algorithm = load_agent(options.agent, env)

@@ -11,10 +11,12 @@ from arq_agents import command_line
 
 def parse():
     from arq_env.networks.recipe import finetuning_recipe
+    from arq_env.registration import DEFAULT
 
     parser = command_line.parser(__doc__)
     parser.add_argument("map", metavar="RUN", help="run folder, bit_widths.json, FP32, or uniform bits such as W4A4")
-    parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs (a map's file decides for itself)")
+    parser.add_argument("--env", default=DEFAULT, help="id of the network and its data (a map's file decides for itself)")
+    command_line.add_problem(parser)
     parser.add_argument(
         "--sigma", type=float, default=0.5, help="standard deviation of the noise (a map's file decides for itself)"
     )
@@ -51,6 +53,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from arq_agents.main import engine_of
+from arq_env import ArqError
 from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
@@ -60,6 +63,7 @@ from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
 from arq_env.quantization import integer_network, model_bytes, save_quantized
+from arq_env.registration import ENVIRONMENTS
 from arq_env.report.tables import layer_table
 from arq_env.support.files import write_json, writing
 from arq_env.support.provenance import provenance
@@ -117,7 +121,7 @@ def main(options):
     if bit_widths is not None:
         header = {key: document[key] for key in ("network", "dataset", "sigma")}
         header["budget"] = document["bops_fraction"] if found.get("budget") is None else found["budget"]
-        made = provenance() | {"checkpoint": document["checkpoint"], "training": document["training"]}
+        made = provenance() | problem.origin
         save_map(
             folder / "bit_widths.json",
             bit_widths,
@@ -137,10 +141,21 @@ def main(options):
 def chosen_map(options):
     """The problem, the map (None for FP32), what to call it, and the other entries of its file."""
     if options.map == "FP32" or UNIFORM.fullmatch(options.map):
-        problem = load_problem("resnet20", options.dataset, sigma=options.sigma, training=options.training, device=options.device)
+        problem = problem_of(options)
         return problem, named_uniform(options.map, problem.layers), options.map, {}
     problem, bit_widths, document, path = load_mapped(Path(options.map), options.device)
     return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem, document
+
+
+def problem_of(options):
+    """The problem that the command line names, where no map's file does."""
+    if options.env not in ENVIRONMENTS:
+        raise ArqError(f"there is no environment {options.env}: choose one of {', '.join(ENVIRONMENTS)}")
+    named = {name: value for name, value in ENVIRONMENTS[options.env].items() if name in command_line.OWN}
+    arguments = named | command_line.own_arguments(options)
+    if missing := [name for name in ("network", "data") if name not in arguments]:
+        raise ArqError(f"{options.env} has no {missing[0]} of its own: give --{missing[0]}")
+    return load_problem(**arguments, sigma=options.sigma, training=options.training, device=options.device)
 
 
 def for_certification(network, options, *, quantized: bool):
@@ -156,7 +171,8 @@ def default_folder(options, name: str) -> Path:
     path = Path(options.map)
     if path.exists():
         return (path if path.is_dir() else path.parent) / "final"
-    return Path("runs/final") / f"{options.dataset}-sigma{options.sigma:g}-{options.training}-{name}"
+    what = command_line.label(options).removeprefix("-") or ENVIRONMENTS[options.env].get("data", options.env)
+    return Path("runs/final") / f"{what}-sigma{options.sigma:g}-{options.training}-{name}"
 
 
 if __name__ == "__main__":

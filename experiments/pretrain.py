@@ -10,10 +10,11 @@ from arq_agents import command_line
 
 def parse():
     from arq_env.networks.recipe import Recipe
+    from arq_env.registration import DEFAULT, ENVIRONMENTS
 
     parser = command_line.parser(__doc__)
-    parser.add_argument("--dataset", default="cifar10", help="cifar10 or signs")
-    parser.add_argument("--network", default="resnet20", help="the network's name")
+    command_line.add_problem(parser, trained=False)
+    parser.set_defaults(**ENVIRONMENTS[DEFAULT])
     parser.add_argument("--sigma", type=float, default=Recipe.sigma, help="standard deviation of the noise, pixels in [0, 1]")
     parser.add_argument(
         "--training", default="gaussian", choices=("gaussian", "consistency"), help="method, which becomes part of the name"
@@ -69,17 +70,18 @@ from arq_env.support.provenance import provenance
 
 def main(options):
     torch.manual_seed(options.seed)
-    network, start = build_network(options.network), ""
+    own = command_line.own_arguments(options)
+    network, start = build_network(own.pop("network"), own.pop("network_arguments", None)), ""
     if options.start:
         path = Path(options.start) if options.start.endswith(".safetensors") else SHIPPED / f"{options.start}.safetensors"
         start = load_weights(network, path)["digest"]
     fields = {field.name for field in dataclasses.fields(Recipe)}
     chosen = {name: value for name, value in vars(options).items() if name in fields and name != "start"}
     recipe = Recipe(**chosen, **training_method(options.training, options.sigma), start=start)
-    checkpoint = Checkpoint(options.network, options.dataset, options.sigma, options.training)
+    checkpoint = Checkpoint(options.network, options.data, options.sigma, options.training)
     folder = options.output / checkpoint.name
     check_device(options.device)
-    dataset = load_dataset(options.dataset)
+    dataset = load_dataset(**own)
     batches = batches_per_epoch(dataset, recipe)
 
     with writing(folder / "tensorboard"):
@@ -106,7 +108,7 @@ def main(options):
     accuracy = noisy_accuracy(network, *dataset.test, sigma=recipe.sigma)
     card = {
         "network": options.network,
-        "dataset": options.dataset,
+        "dataset": options.data,
         "sigma": recipe.sigma,
         "training": checkpoint.training,
         "recipe": dataclasses.asdict(recipe),

@@ -1,5 +1,6 @@
 """Networks by name and their trained weights: one safetensors file and one JSON card each."""
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from arq_env.networks.mobilenet import mobilenetv2
 from arq_env.networks.resnet import resnet20, resnet32
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import atomic_file, read_json, sha256, write_json
+from arq_env.support.imports import call_imported
 
 NETWORKS = {"resnet20": resnet20, "resnet32": resnet32, "mobilenetv2": mobilenetv2}
 SHIPPED = Path(__file__).parent / "weights"
@@ -28,7 +30,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return f"{self.network}-{self.dataset}-sigma{self.sigma:g}-{self.training}"
+        network, dataset = (re.sub(r"[^\w.]+", "-", part).strip("-") for part in (self.network, self.dataset))
+        return f"{network}-{dataset}-sigma{self.sigma:g}-{self.training}"
 
     def path(self, folder: Path = SHIPPED) -> Path:
         return Path(folder) / f"{self.name}.safetensors"
@@ -41,13 +44,22 @@ def shipped(folder: Path = SHIPPED) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda c: (c.network, c.dataset, c.sigma, c.training == "consistency"))
 
 
-def build_network(name: str) -> torch.nn.Module:
-    """An untrained network, with initial weights from torch's global generator.
+def build_network(name: str, arguments: dict | None = None) -> torch.nn.Module:
+    """An untrained network, with initial weights from torch's global generator; by import string whatever the function returns.
 
-    :raises ArqError: for an unknown name
+    :param name: of a network of this package, or ``"module:function"``
+    :param arguments: keyword arguments for the function
+    :raises ArqError: for an unknown name, a function that is not there, and one that returns no module
     """
+    if ":" in name:
+        network = call_imported(name, arguments)
+        if not isinstance(network, torch.nn.Module):
+            raise ArqError(f"{name} gave {type(network).__name__!r}: let it return a torch.nn.Module")
+        return network
     if name not in NETWORKS:
-        raise ArqError(f"there is no network {name!r}: choose one of {', '.join(NETWORKS)}")
+        raise ArqError(f"there is no network {name!r}: choose one of {', '.join(NETWORKS)}, or give module:function")
+    if arguments:
+        raise ArqError(f"{name} takes no arguments: leave out network_arguments")
     return NETWORKS[name]()
 
 

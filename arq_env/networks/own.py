@@ -18,7 +18,6 @@ from arq_env.networks.checkpoints import build_network, channels_last, give_stat
 from arq_env.networks.resnet import Normalize
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import sha256
-from arq_env.support.imports import call_imported
 
 #: Mean and standard deviation of each channel.
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -42,10 +41,10 @@ def load_own(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        module = _build(network, arguments)
+        module = build_network(network, arguments)
         if checkpoint is None:
             torch.default_generator.manual_seed(1)
-            if network_digest(_build(network, arguments)) != network_digest(module):
+            if network_digest(build_network(network, arguments)) != network_digest(module):
                 raise ArqError(f"the weights of {network} are drawn at random: give the checkpoint that it was trained to")
             digest = ""
         else:
@@ -55,17 +54,6 @@ def load_own(
         module = normalized(module, normalize)
     module = channels_last(module.eval())
     return module, digest or network_digest(module)
-
-
-def _build(network: str, arguments: dict | None) -> nn.Module:
-    if ":" not in network:
-        if arguments:
-            raise ArqError(f"{network} takes no arguments: leave out network_arguments")
-        return build_network(network)
-    module = call_imported(network, arguments)
-    if not isinstance(module, nn.Module):
-        raise ArqError(f"{network} gave {type(module).__name__!r}: let it return a torch.nn.Module")
-    return module
 
 
 def normalized(network: nn.Module, normalize: Normalization) -> nn.Module:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from arq_env import ArqError
 from arq_env.certification import CompiledNetwork, certify
 from arq_env.problem import load_problem
+from arq_env.registration import DEFAULT, ENVIRONMENTS
 from arq_env.support.engines import workers
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
@@ -158,8 +159,8 @@ def peak_megabytes(image, n: int, seed: int) -> float:
 
 def main(options):
     options.processes = options.processes or torch.get_num_threads()
-    problem = load_problem("resnet20", "cifar10", sigma=0.5)
-    images, labels = problem.test_images(every=max(1, 10_000 // options.images))
+    problem = load_problem(**ENVIRONMENTS[DEFAULT], sigma=0.5)
+    images, labels = problem.test_images(every=max(1, problem.dataset.counts["test"] // options.images))
     images, labels = images[: options.images], labels[: options.images]
     settings = {name: getattr(options, name) for name in ("n", "seed", "processes")} | {"images": len(images)}
     with workers(options.processes) as pool:

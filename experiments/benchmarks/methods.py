@@ -50,6 +50,7 @@ from arq_env.certification import (
 from arq_env.certification.sampling import ESTIMATION, FRESH, SELECTION, Sampler
 from arq_env.evaluation import Evaluator
 from arq_env.problem import load_problem
+from arq_env.registration import DEFAULT, ENVIRONMENTS
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
 
@@ -187,8 +188,8 @@ def plot(curves: dict[str, dict], path: Path) -> None:
 
 
 def main(options):
-    problem = load_problem("resnet20", "cifar10", sigma=0.5)
-    images, labels = problem.test_images(every=max(1, 10_000 // options.images))
+    problem = load_problem(**ENVIRONMENTS[DEFAULT], sigma=0.5)
+    images, labels = problem.test_images(every=max(1, problem.dataset.counts["test"] // options.images))
     images, labels = images[: options.images], labels[: options.images]
     settings = {name: getattr(options, name) for name in ("thin", "n", "replayed", "seed")}
     with engine_of(options) as engine:

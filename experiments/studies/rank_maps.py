@@ -45,6 +45,7 @@ from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, CertifierSettings, Evaluator
 from arq_env.finishing import brief_recipe, finish_briefly
 from arq_env.problem import load_problem
+from arq_env.registration import DEFAULT, ENVIRONMENTS
 from arq_env.support.files import drop_partial_line, write_json
 from arq_env.support.provenance import provenance
 
@@ -61,7 +62,7 @@ class Worker:
 
     def __init__(self, options):
         self.options = options
-        problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
+        problem = load_problem(**ENVIRONMENTS[DEFAULT], sigma=options.sigma, training=options.training)
         self.env = ArqEnv(problem, settings=CertifierSettings(images=SCORED))
         others = {
             f"soft, {SCORED} x 1, {FINER}": CertifierSettings(images=SCORED, regained_bits=1),
@@ -146,7 +147,7 @@ def agreement(records: list[dict]) -> dict:
 
 
 def main(options):
-    problem = load_problem("resnet20", "cifar10", sigma=options.sigma, training=options.training)
+    problem = load_problem(**ENVIRONMENTS[DEFAULT], sigma=options.sigma, training=options.training)
     settings = {name: getattr(options, name) for name in ("budgets", "sigma", "training", "steps", "n", "seed")}
     recipe = brief_recipe(problem, options.steps, options.seed)
     settings |= {"reward_version": REWARD_VERSION, "checkpoint": problem.card["digest"], "recipe": dataclasses.asdict(recipe)}

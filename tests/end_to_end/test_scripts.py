@@ -94,10 +94,10 @@ def test_malformed_map(called, tmp_path):
 
 
 def test_a_map_of_ones_own_network(called, tmp_path):
-    """Scripts know shipped networks only; they say what to call."""
+    """One that was given as an object cannot be built again; the scripts say what to call."""
     (tmp_path / "bit_widths.json").write_text('{"network": null, "dataset": null, "sigma": 0.5}')
     for name in ("certify_map", "finalize"):
-        assert_one_line_error(called(name, tmp_path), "network of your own", "finishing.finish", "compare_maps")
+        assert_one_line_error(called(name, tmp_path), "given as an object", "finishing.finish", "compare_maps")
 
 
 def test_maps_that_do_not_fit_what_they_say(tmp_path):
