@@ -1,11 +1,13 @@
 """The README is short, its links lead somewhere, and its Python runs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.toy import SHAPE
+from tests.own import trained_state, write_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,15 +26,32 @@ def test_links_and_files_that_a_page_names_are_there(page):
         assert (ROOT / path).exists(), path
 
 
+def python_of_the_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
 def test_python_of_the_readme_runs(problem, tmp_path, monkeypatch):
-    environment, own, certifier = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    environment, _, certifier = python_of_the_readme()
     monkeypatch.chdir(tmp_path)
     images, labels = problem.test_images(every=10)
-    cifar = {"load_dataset": lambda name: problem.dataset}
-    own = own.replace("from arq_env.datasets import load_dataset\n", "").replace("sigma=0.25", f"sigma=0.5, input_shape={SHAPE}")
-    exec(own.replace("budget=0.02", "budget=0.03"), {"network": problem.network} | cifar)
     exec(certifier.replace("10_000", "1_000"), {"network": problem.network, "images": images, "labels": labels})
     assert (tmp_path / "log.tsv").exists()
     done: dict = {}
     exec(environment.replace("ARQ-ResNet20-v0", "ARQ-ResNet20-Signs-v0"), done)
     assert done["info"]["bops_fraction"] <= 0.015625 and done["reward"] == done["info"]["reward"]
+
+
+def test_the_path_of_one_s_own_network_is_ten_lines_and_runs(tmp_path, monkeypatch):
+    _, own, _ = python_of_the_readme()
+    assert len([line for line in own.splitlines() if line]) == 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mymodels.py").write_text("from tests.own import make_net\n")
+    torch.save(trained_state(), "net.pth")
+    write_images(tmp_path / "photos", {"train": 40, "test": 4})
+    shorter = (
+        own.replace("episodes=150", "episodes=2").replace("(sigma=0.25)", "(sigma=0.25, epochs=1, batch=20)").replace("1_000", "50")
+    )
+    done: dict = {}
+    exec(shorter, done)
+    assert (tmp_path / "run" / "bit_widths.json").exists() and len(done["certificates"]) == 12 and done["certificates"].acr > 0.1

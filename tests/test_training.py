@@ -96,6 +96,14 @@ def test_each_cycle_ends_at_rest_and_starts_the_next(tmp_path):
         Recipe(epochs=4, cycles=3)
 
 
+def test_cycles_of_few_steps(tmp_path):
+    data = toy_dataset()
+    for steps in (1, 2, 5, 6):
+        few = replace(data, train=Split(data.train.images[: 20 * steps], data.train.labels[: 20 * steps]))
+        history = train(fresh(), few, Recipe(epochs=1, batch=20, peak_rate=0.1), tmp_path / str(steps))
+        assert np.isfinite(history[0]["loss"])
+
+
 def test_another_recipe_is_not_resumed(tmp_path):
     train(fresh(), toy_dataset(), Recipe(epochs=1, batch=50), tmp_path)
     with pytest.raises(ArqError, match="differs in recipe"):

@@ -25,6 +25,8 @@ from arq_env.support.errors import ArqError
 
 #: Learning rate of the logarithms of step sizes over that of weights.
 STEP_RATE = 5.0
+#: Part of a cycle in which the rate rises.
+RISE = 0.2
 
 
 def train(
@@ -83,11 +85,12 @@ def train(
         optimizer = torch.optim.SGD(groups, recipe.peak_rate, momentum, weight_decay=decay, nesterov=True)
 
     def new_cycle():
+        total = recipe.epochs // recipe.cycles * steps
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             rates,
-            total_steps=recipe.epochs // recipe.cycles * steps,
-            pct_start=0.2,
+            total_steps=total,
+            pct_start=RISE if RISE * total != 1 else 2 * RISE,  # torch divides by the steps of the rise less one
             cycle_momentum=False,
         )
 
