@@ -17,6 +17,7 @@ from arq_env.certification.inputs import whole
 from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
+from arq_env.rewards import settings_for
 from arq_env.sensitivity import Sensitivities
 from arq_env.support.errors import ArqError
 from arq_env.support.render import render_ansi, render_rgb
@@ -115,14 +116,14 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         *,
         budget: BudgetSpec = 1 / 64,
         end_bits: int = END_BITS,
-        settings: CertifierSettings = CertifierSettings(),
+        settings: CertifierSettings | None = None,
         render_mode: str | None = None,
     ):
         if not (render_mode is None or isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]):
             raise ArqError(f"there is no render mode {render_mode!r}: choose one of {', '.join(self.metadata['render_modes'])}")
         end_bits = whole("end_bits", end_bits, MIN_BITS, MAX_BITS)
         self.problem, self.render_mode = problem, render_mode
-        self.evaluator = Evaluator(problem, settings)
+        self.evaluator = Evaluator(problem, settings_for(problem) if settings is None else settings)
         self.layers = problem.layers
         self.free_layers = free_layers(self.layers)
         self.end_bits = end_bits
@@ -309,8 +310,8 @@ def make_env(
     :param network, data, sigma, training, checkpoint, normalize, keep: as for :func:`arq_env.problem.load_problem`
     :param network_arguments, image_size, flip, reward_images, device: likewise
     :param render_mode: as for :class:`ArqEnv`, or "human" for Gymnasium's window around it
-    :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`; of data of one's own with fewer reward images than its
-        default all are taken
+    :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`; for data of one's own the defaults are those of
+        :func:`arq_env.rewards.settings_for`
     :raises ArqError: for an unknown argument or one out of range, a missing checkpoint or a budget that cannot be met
     """
     known = [field.name for field in dataclasses.fields(CertifierSettings)]
@@ -340,8 +341,8 @@ def make_env(
         reward_images=reward_images,
         device=device,
     )
-    if "images" not in settings and "arguments" in problem.card:
-        certifier = dataclasses.replace(certifier, images=min(certifier.images, problem.dataset.counts["reward"]))
+    if "arguments" in problem.card:
+        certifier = settings_for(problem, **settings)
     render_mode = "rgb_array" if human else render_mode
     env = ArqEnv(problem, budget=budget, end_bits=end_bits, settings=certifier, render_mode=render_mode)
     return gymnasium.wrappers.HumanRendering(env) if human else env

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -86,6 +86,22 @@ class CertifierSettings:
     def forward_passes(self) -> int:
         """Noisy images that an evaluation sends through the quantized network, at most, calibration included."""
         return self.calibration_images + self.images * REWARDS[self.reward_method].samples(self)
+
+
+def settings_for(problem: Problem, **settings: Any) -> CertifierSettings:
+    """Settings with images that there are: by default all of a smaller reward part, and of large images fewer.
+
+    At most 2^26 pixel values of reward images (all noise then stays in memory) and a quarter of that for calibration: 445 and 111
+    images of 3x224x224, and up to 104x104 no fewer than of small ones. A reward from fewer images holds more noise: with a quarter
+    of them twice as much.
+
+    :param settings: fields of :class:`CertifierSettings`, taken as they are
+    """
+    there, values = problem.dataset.counts, math.prod(problem.dataset.image_shape)
+    default = CertifierSettings()
+    images = min(default.images, there["reward"], max(1, KEPT_VALUES // values))
+    calibration = min(default.calibration_images, max(2, KEPT_VALUES // 4 // values))
+    return CertifierSettings(**{"images": images, "calibration_images": calibration} | settings)
 
 
 def settings_of(document: dict) -> CertifierSettings:

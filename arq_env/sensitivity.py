@@ -7,6 +7,7 @@ from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, complete, free_layers
 from arq_env.layers import Layer
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
+from arq_env.support.batches import batch_size
 
 #: Bit-widths that are measured; from the last of them on a bit more is taken to divide the effect by four, as it does the
 #: power of the quantization noise.
@@ -73,4 +74,4 @@ def forward_passes(layers: tuple[Layer, ...], calibration_images: int) -> int:
 
 @torch.inference_mode()
 def _log_probabilities(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([F.log_softmax(network(part), 1) for part in images.split(32)])
+    return torch.cat([F.log_softmax(network(part), 1) for part in images.split(batch_size(images[0].numel(), 32))])

@@ -17,8 +17,11 @@ from torch import nn
 from arq_agents.run_folder import export_map
 from arq_env import ArqError
 from arq_env.bitwidths import uniform
+from arq_env.datasets import Dataset, Split
 from arq_env.networks.own import load_own, normalized, read_state
-from arq_env.problem import load_mapped, load_problem
+from arq_env.problem import Problem, load_mapped, load_problem
+from arq_env.rewards import settings_for
+from arq_env.support.batches import batch_size
 from tests.own import Separable, arguments_of, make_net, trained_state
 
 NAME, NET = "ARQ-Custom-v0", "tests.own:make_net"
@@ -58,6 +61,18 @@ def test_images_of_the_reward_follow_from_what_is_there():
     arguments = {name: value for name, value in arguments_of(NAME).items() if name != "images"}
     assert gymnasium.make(NAME, **arguments).unwrapped.evaluator.settings.images == 12
     assert gymnasium.make(NAME, reward_images=31, **arguments).unwrapped.evaluator.settings.images == 31
+
+
+def test_large_images_are_taken_in_smaller_numbers():
+    def settings(edge, rewarded, **changes):
+        parts = (Split(np.broadcast_to(np.uint8(i), (n, edge, edge, 3)), np.zeros(n)) for i, n in enumerate((2, rewarded, 2)))
+        data = Dataset("flat", ("a", "b"), True, *parts)
+        found = settings_for(Problem(make_net().eval(), lambda: data, 0.5), **changes)
+        return found.images, found.calibration_images
+
+    assert settings(32, 2_000) == (2_000, 320) and settings(32, 50) == (50, 320)
+    assert settings(224, 450) == (445, 111) and settings(224, 9, images=3, calibration_images=5) == (3, 5)
+    assert [batch_size(3 * edge * edge, 128) for edge in (32, 104, 224, 2_000)] == [128, 128, 27, 1]
 
 
 def test_vector_environments_of_processes():

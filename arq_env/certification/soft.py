@@ -18,6 +18,7 @@ from arq_env.certification.inputs import (
     whole,
 )
 from arq_env.certification.sampling import as_output, call
+from arq_env.support.batches import batch_size
 from arq_env.support.errors import ArqError
 
 #: Images whose noise is drawn together; fixed, so that the noise does not depend on the device.
@@ -120,7 +121,8 @@ def logits_of_copies(network, copies: Iterable[torch.Tensor]) -> torch.Tensor:
     parts = []
     for noisy in copies:
         images = noisy.flatten(0, 1).to(device)
-        size = IMAGES_AT_ONCE if device.type == "cpu" else len(images)  # larger batches overflow a CPU's caches
+        most = IMAGES_AT_ONCE if device.type == "cpu" else len(images)  # larger batches overflow a CPU's caches
+        size = batch_size(images[0].numel(), most)
         logits = torch.cat([_logits(network, batch) for batch in images.split(size)])
         parts.append(logits.double().cpu().unflatten(0, noisy.shape[:2]).transpose(0, 1))
     logits = torch.cat(parts)

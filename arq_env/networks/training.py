@@ -21,6 +21,7 @@ from arq_env.datasets.files import ImageFiles
 from arq_env.networks.checkpoints import channels_last
 from arq_env.networks.recipe import Recipe
 from arq_env.networks.state import restore_state, save_state
+from arq_env.support.batches import batch_size
 from arq_env.support.errors import ArqError
 
 #: Learning rate of the logarithms of step sizes over that of weights.
@@ -203,13 +204,14 @@ def batches_per_epoch(dataset: Dataset, recipe: Recipe) -> int:
 def noisy_accuracy(network, images, labels, *, sigma: float, seed: int = 0, batch: int = 256) -> float:
     """Accuracy of the base classifier on single noisy images: one draw of N(0, sigma^2) an image.
 
-    :param images: uint8 [n, h, w, 3]
+    :param images: uint8 [n, h, w, channels]
+    :param batch: images at once, fewer of large ones
     """
     device = next(network.parameters()).device
     was_training = network.training
     network.eval()
     generator = torch.Generator().manual_seed(seed)
-    right = 0
+    right, batch = 0, batch_size(math.prod(images.shape[1:]), batch)
     for start in range(0, len(images), batch):
         part = to_float(as_tensor(images[start : start + batch]))
         part.add_(torch.randn(part.shape, generator=generator), alpha=sigma)

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arq_env.layers import Layer
 from arq_env.quantization.exact import exact_means
+from arq_env.support.batches import batch_size
 from arq_env.support.errors import ArqError
 
 #: Values kept of each layer's input, over all calibration images.
@@ -69,8 +70,8 @@ def sample_activations(
 
 
 def even_batches(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Batches of at most 128 images whose sizes differ by one at most, so that each may count alike."""
-    return images.tensor_split(-(-len(images) // BATCH))
+    """Batches of at most 128 images, fewer of large ones, whose sizes differ by one at most, so that each may count alike."""
+    return images.tensor_split(-(-len(images) // batch_size(images[0].numel(), BATCH)))
 
 
 @torch.no_grad()
