@@ -100,7 +100,9 @@ def add_test_settings(parser: argparse.ArgumentParser) -> None:
 class _Own(argparse.Action):
     """``--network``: the id becomes that of networks of one's own, unless another is given."""
 
-    def __call__(self, parser, namespace, value, option_string=None):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option_string: str | None = None
+    ) -> None:
         from arq_env.registration import CUSTOM, DEFAULT
 
         namespace.network = value

@@ -84,8 +84,8 @@ def open_folder(folder: Path, algorithm: str, env: ArqEnv, episodes: int, seed: 
             there = folder.exists() and any(not entry.name.endswith(".part") for entry in folder.iterdir())
         if there:
             raise ArqError(f"{folder} is not empty and holds no config.json of a search: choose another --output")
-        problem = env.get_wrapper_attr("problem")
-        write_json(path, config | {"provenance": provenance() | problem.origin | {"images": problem.dataset.counts}})
+        made_from = env.problem.origin | {"images": env.problem.dataset.counts}
+        write_json(path, config | {"provenance": provenance() | made_from})
         return []
     found = read_config(path)
     found.pop("provenance", None)

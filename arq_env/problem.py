@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,7 +185,7 @@ def load_problem(
             raise ArqError(f"{name} is {value!r}: give a name or a path of at most {LONGEST_PATH} characters")
     if not isinstance(network_arguments, dict | None):
         raise ArqError(f"network_arguments is {network_arguments!r}: give a dictionary of the function's keyword arguments")
-    of_data = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
+    of_data: dict[str, Any] = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
     of_network = {
         "checkpoint": checkpoint,
         "normalize": normalize,
@@ -211,7 +212,7 @@ def load_problem(
     return problem
 
 
-def _names(keep) -> list[str]:
+def _names(keep: Any) -> list[str]:
     names = [keep] if isinstance(keep, str) else keep
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ArqError(f"keep is {keep!r}: give a list of the names that may stay at full precision")

@@ -37,10 +37,10 @@ class ImageFiles:
         if like is None:
             looked_into = self.files[:: -(-len(self.files) // LOOKED_INTO)]
             channels = 1 if all(_mode(file) in ("1", "L", "LA", "I;16") for file in looked_into) else 3
-            edges = _decoded(self.files[0], channels, size).shape[:2]
+            height, width, _ = _decoded(self.files[0], channels, size).shape
         else:
-            *edges, channels = like.shape[1:]
-        self.shape = (len(self.files), *edges, channels)
+            _, height, width, channels = like.shape
+        self.shape: tuple[int, int, int, int] = (len(self.files), height, width, channels)
 
     def __len__(self) -> int:
         return len(self.files)

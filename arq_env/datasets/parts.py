@@ -84,7 +84,7 @@ def _digests(images: np.ndarray | ImageFiles) -> list[bytes]:
     """One for each image."""
     if isinstance(images, ImageFiles):
         return images.digests()
-    return [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
+    return [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
 
 
 def _check_disjoint(digests: dict[str, list[bytes]]) -> None:

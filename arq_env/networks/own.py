@@ -20,7 +20,7 @@ from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import sha256
 
 #: Mean and standard deviation of each channel.
-Normalization = tuple[Sequence[float], Sequence[float]]
+Normalization = Sequence[Sequence[float]]
 State = dict[str, torch.Tensor]
 #: What older versions of BatchNorm did not keep, and nothing computes with in evaluation mode.
 UNUSED = "num_batches_tracked"

@@ -66,9 +66,8 @@ def train(
             "the recipe distils and there is no teacher in evaluation mode: give teacher=, or a recipe with distillation=0"
         )
     steps = batches_per_epoch(dataset, recipe)
-    images = dataset.train.images
-    if not isinstance(images, ImageFiles):
-        images = as_tensor(images).to(device)
+    given = dataset.train.images
+    images = None if isinstance(given, ImageFiles) else as_tensor(given).to(device)  # those of files are too many to hold
     labels = as_tensor(dataset.train.labels).to(device)
     channels_last(network.to(device))
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
@@ -113,7 +112,7 @@ def train(
         network.train()
         total, start = torch.zeros((), device=device), time.perf_counter()
         for chosen in order[: steps * recipe.batch].split(recipe.batch):
-            taken = as_tensor(images[chosen.cpu().numpy()]).to(device) if isinstance(images, ImageFiles) else images[chosen]
+            taken = as_tensor(given[chosen.cpu().numpy()]).to(device) if images is None else images[chosen]
             batch = to_float(random_crop(taken, generator, flip=dataset.flip))
             batch = torch.cat([batch] * recipe.noises)
             noise = torch.randn(batch.shape, generator=generator, device=device)
