@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import time
 from functools import partial
 from pathlib import Path
 
 import gymnasium
+import torch
 from tqdm import tqdm
 
 from arq_env import ArqError
@@ -30,6 +32,8 @@ from .trace import Episode, read_trace
 UNIFORM_BITS = 4
 #: Uniform maps that are judged at most: there are 7 x 7.
 UNIFORM_MAPS = 49
+#: Images that the time of a search is foretold from.
+PROBED = 16
 
 
 def main(options: argparse.Namespace) -> None:
@@ -46,6 +50,7 @@ def main(options: argparse.Namespace) -> None:
         f"{algorithm} on {options.env}: at most {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})"
     )
     base = arq_env_of(env)
+    print(f"about {estimated_hours(base, options.episodes):.2g} hours for all of them, from a few forward passes")
     with engine_of(options) as base.evaluator.engine:
         best = search(
             algorithm,
@@ -61,6 +66,19 @@ def main(options: argparse.Namespace) -> None:
             _finish(base, best, folder, options)
         elif options.test_images:
             _certify(base, best, folder, options)
+
+
+def estimated_hours(env: ArqEnv, episodes: int) -> float:
+    """How long so many evaluations take, as if a quantized network's forward pass took FP32's time.
+
+    Without what comes before and after: FP32's own evaluation, sensitivities where a search needs them, confirmation.
+    """
+    problem, batch = env.problem, torch.zeros(PROBED, *env.problem.dataset.image_shape).to(env.problem.device)
+    with torch.inference_mode():
+        problem.network(batch).cpu()  # the first pass allocates
+        start = time.perf_counter()
+        problem.network(batch).cpu()
+    return (time.perf_counter() - start) / PROBED * env.settings.forward_passes * episodes / 3600
 
 
 def make_env(options: argparse.Namespace) -> gymnasium.Env:
