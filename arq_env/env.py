@@ -100,8 +100,11 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
     :class:`arq_env.evaluation.CertifierSettings`). `budget` is a fraction of FP32's bit operations, or limits by kind that hold
     together: `{"bops": 0.01, "bytes": 120_000, "latency": {"milliseconds": 3.5, "table": "times.json"}}`, see
-    :mod:`arq_env.budget`. The class itself takes a :class:`arq_env.problem.Problem`, which holds any network of convolutions and
-    linear layers.
+    :mod:`arq_env.budget`.
+
+    `gym.make("ARQ-Custom-v0", network="mymodels:make_net", checkpoint="net.pth", data="photos/", sigma=0.25)` is a network of one's
+    own, see :func:`arq_env.problem.load_problem`. The class itself takes a :class:`arq_env.problem.Problem`, which holds any
+    network of convolutions and linear layers.
 
     ## Version History
     * v0: the reward of the first release. Until then it changes with the package (`CHANGELOG.md`; `reward_version` in run folders);
