@@ -27,13 +27,14 @@ _PLAIN = (bool, int, float, complex, str, bytes, range, np.generic, np.dtype, to
 
 
 def classifier_digest(classifier: Callable, name: str = "") -> str:
-    """What a file of results belongs to: :func:`network_digest` of a torch module, or a plain function's name.
+    """What a file of results belongs to: :func:`network_digest` of a torch module, or a plain function's name or ``digest``.
 
     :raises ArqError: for a function without a name, which cannot be told from another
     """
     if isinstance(classifier, torch.nn.Module):
         return network_digest(classifier, name)
-    if not name:
+    name = name or getattr(classifier, "digest", "")
+    if not (isinstance(name, str) and name):
         raise ArqError(
             "a plain function cannot be told from another: give name=, such as its model file's digest, to keep its results"
         )

@@ -82,8 +82,8 @@ def certify(
     :param progress: called as ``progress(iterable, total=chunks)``, such as ``tqdm``
     :param log: TSV file to which images are appended as they are done, every 16, fewer for n above 256, each for n above
         2,048; a second call with the same arguments goes on there. Two processes must not share one
-    :param name: for a plain function with a ``log``: what tells it from another; a torch module is known by its
-        :func:`arq_env.certification.network_digest`
+    :param name: for a plain function with a ``log``: what tells it from another, unless an attribute ``digest`` does; a torch
+        module is known by its :func:`arq_env.certification.network_digest`
     :raises ArqError: for arguments out of range, for a method's option given beside it, for an n with which everything is abstained
         on, for output that is no logits or labels, for NaN or infinite logits, for a ``map`` that does not give each result once,
         for another call's log or cache, and for a log that cannot be written

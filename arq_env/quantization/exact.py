@@ -44,14 +44,18 @@ class ExactNorm(_BatchNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As BatchNorm in evaluation mode; in training mode by the batch's statistics, which go into the running ones."""
         if self.training or self.running_mean is None or self.running_var is None:
-            mean, variance = self._statistics(input)
+            scale, shift = self.scale_and_shift(*self._statistics(input))
         else:
-            mean, variance = self.running_mean.double(), self.running_var.double()
+            scale, shift = self.scale_and_shift(self.running_mean.double(), self.running_var.double())
+        shape = (-1, *[1] * (input.dim() - 2))
+        return (input * scale.to(input.dtype).view(shape)).add_(shift.to(input.dtype).view(shape))
+
+    def scale_and_shift(self, mean: torch.Tensor, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift of each channel under these statistics, all float64 [channels]."""
         scale = (variance + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight.double()
         shift = -mean * scale if self.bias is None else self.bias.double() - mean * scale
-        shape = (-1, *[1] * (input.dim() - 2))
-        return (input * scale.to(input.dtype).view(shape)).add_(shift.to(input.dtype).view(shape))
+        return scale, shift
 
     def _statistics(self, input):
         count, shape = input.numel() // input.shape[1], (-1, *[1] * (input.dim() - 2))

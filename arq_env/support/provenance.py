@@ -9,12 +9,13 @@ from pathlib import Path
 import arq_env
 
 PACKAGES = ("gymnasium", "numpy", "scipy", "stable-baselines3", "torch")
+EXPORT_PACKAGES = ("numpy", "onnx", "onnxruntime", "qonnx", "torch")
 
 
-def provenance() -> dict:
+def provenance(packages: tuple[str, ...] = PACKAGES) -> dict:
     """Command line, package versions, Python and processor of this process; of this package the version of the code that runs."""
     versions: dict[str, str | None] = {"arq-env": arq_env.__version__}
-    for package in PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

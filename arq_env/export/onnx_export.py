@@ -1,0 +1,175 @@
+"""A quantized network as a standard ONNX file: weights at their bit-widths, activations rounded as the network rounds them."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from arq_env.export.cards import quantized_layers, some_quantized_layers
+from arq_env.export.graph import Rewriter, export_card, marked_model
+from arq_env.export.packages import onnx
+from arq_env.export.runtime import OnnxClassifier
+from arq_env.quantization.exact import exact_means
+from arq_env.quantization.modules import QuantizedLayer
+from arq_env.support.errors import ArqError
+from arq_env.support.files import atomic_file
+
+node = onnx.helper.make_node
+INT2, INT4, INT8, INT32 = (getattr(onnx.TensorProto, name) for name in ("INT2", "INT4", "INT8", "INT32"))
+#: Images that a file is checked on when it is written, and the largest median difference of logits, as a share of the largest
+#: logit: single values within rounding of two codes move single images further.
+CHECKED, ROUNDING = 9, 1e-3
+
+
+def save_onnx(
+    network: nn.Module, path: Path, card: dict, *, input_shape: tuple[int, ...] = (3, 32, 32), integers: bool = False
+) -> OnnxClassifier:
+    """Write a network, quantized or FP32, for ONNX Runtime and whatever else reads ONNX; return the file as a classifier.
+
+    Input: ``images``, float32 [batch, c, h, w] in [0, 1]; output: ``logits``, float32 [batch, classes]. Weights are stored as INT2,
+    INT4 (3 and 4 bits) or INT8 (5 to 8 bits); activations are rounded to UINT8 and, below 8 bits, clipped to their 2^bits codes.
+
+    :param network: from :func:`arq_env.quantization.load_quantized` or a quantizer, in evaluation mode; it is not changed
+    :param card: goes into the metadata, see :func:`arq_env.export.graph.export_card`
+    :param input_shape: of one image
+    :param integers: whether layers multiply integers (ConvInteger, MatMulInteger) and scale their exact sums, so that every value
+        is the PyTorch network's bit for bit; else weights and activations are scaled first (DequantizeLinear), in the form that
+        compilers for devices recognise
+    :raises ArqError: where the network cannot be expressed, naming the layer, or the file does not compute what the network does
+    """
+    layers = some_quantized_layers(network) if integers else quantized_layers(network)
+    rewriter = Rewriter(marked_model(network, input_shape, integers=integers))
+    if integers:
+        _write_integers(rewriter, layers)
+    else:
+        rewriter.replace_marks(partial(_dequantized_activation, rewriter, layers), partial(_dequantized_weight, rewriter, layers))
+    arithmetic = "integer" if integers else "dequantized" if layers else "float32"
+    model = rewriter.finish(export_card(network, card) | {"arithmetic": arithmetic})
+    data = model.SerializeToString(deterministic=True)
+    classifier = OnnxClassifier(data)
+    _check(network, classifier, input_shape, exactly=integers)
+    with atomic_file(path) as file:
+        file.write(data)
+    return classifier
+
+
+def _check(network, classifier, input_shape, *, exactly: bool) -> None:
+    """Raise an ArqError unless the file computes on noise what the network does."""
+    images = torch.rand(CHECKED, *input_shape, generator=torch.Generator().manual_seed(0))
+    device = next((tensor.device for tensor in network.buffers()), images.device)
+    with torch.inference_mode(), exact_means():
+        expected = network(images.to(device)).float().cpu().numpy()
+    got = classifier(images)
+    apart = np.abs(got - expected).max(1) if got.shape == expected.shape else np.full(CHECKED, np.inf)
+    if exactly and apart.max() > 0 or not np.median(apart) <= ROUNDING * np.abs(expected).max():
+        raise ArqError(
+            f"the exported file's logits differ from the network's by {np.median(apart):.3g} in the median"
+            + (" where they should be the same: export it with DequantizeLinear" if exactly else ": the network is not understood")
+        )
+
+
+def _codes(rewriter: Rewriter, layer: QuantizedLayer, input: str, output: str) -> tuple[list, str, str]:
+    """Nodes that round an activation to unsigned codes, and the names of its step and of its zero's code."""
+    name, levels = layer.name, layer.highest - layer.lowest
+    step = rewriter.constant(f"{name}.activation_step", layer.activation_step.cpu().numpy())
+    zero = rewriter.constant(f"{name}.activation_zero", np.uint8(-layer.lowest))
+    if levels == 255:
+        return [node("QuantizeLinear", [input, step, zero], [output])], step, zero
+    limits = [rewriter.constant(f"{name}.activation_{end}", np.uint8(code)) for end, code in (("least", 0), ("most", levels))]
+    rounded = f"{output}_unclipped"
+    return [node("QuantizeLinear", [input, step, zero], [rounded]), node("Clip", [rounded, *limits], [output])], step, zero
+
+
+def _dequantized_activation(rewriter, layers, name, input, output) -> list:
+    codes, step, zero = _codes(rewriter, layers[name], input, f"{output}_codes")
+    return [*codes, node("DequantizeLinear", [f"{output}_codes", step, zero], [output])]
+
+
+def _stored(rewriter: Rewriter, layer: QuantizedLayer, codes: np.ndarray) -> str:
+    """Add a layer's weight at its bits; of 2 bits, half of what its odd codes are above their mean, -1, rounded down."""
+    kind = INT2 if layer.weight_bits == 2 else INT4 if layer.weight_bits <= 4 else INT8
+    return rewriter.constant(f"{layer.name}.weight", codes >> 1 if kind == INT2 else codes, kind)
+
+
+def _dequantized_weight(rewriter, layers, name, output) -> list:
+    layer = layers[name]
+    axis = int(layer.kind.transposed)
+    if axis and layer.groups > 1:
+        raise ArqError(
+            f"layer {name!r} is a transposed convolution of {layer.groups} groups, whose steps DequantizeLinear cannot hold: leave "
+            "it at full precision (keep)"
+        )
+    codes, steps = layer.codes.cpu().numpy(), layer.weight_step.cpu().numpy()
+    stored = _stored(rewriter, layer, codes)
+    if layer.weight_bits > 2:
+        return [node("DequantizeLinear", [stored, rewriter.constant(f"{name}.weight_step", steps)], [output], axis=axis)]
+    # the codes -3, -1, 1, 3 are 2 c + 1 with c from -2 to 1; of a channel of zeros c is 0, and nothing is added
+    shape = [1] * codes.ndim
+    shape[axis] = -1
+    middle = steps * (layer.rows(layer.codes) != 0).any(1).cpu().numpy()
+    doubled, middle = rewriter.constant(f"{name}.weight_step", 2 * steps), middle.astype(np.float32).reshape(shape)
+    return [
+        node("DequantizeLinear", [stored, doubled], [f"{output}_even"], axis=axis),
+        node("Add", [f"{output}_even", rewriter.constant(f"{name}.weight_middle", middle)], [output]),
+    ]
+
+
+def _write_integers(rewriter: Rewriter, layers: dict[str, QuantizedLayer]) -> None:
+    """Turn marked nodes into integers, and the operations on them into integer ones."""
+    zeros: dict[str, str] = {}  # marked activations to the code of their zero
+    weights: set[str] = set()
+
+    def activation(name, input, output):
+        nodes, _, zeros[output] = _codes(rewriter, layers[name], input, output)
+        return nodes
+
+    def weight(name, output):
+        weights.add(output)
+        return _integer_weight(rewriter, layers[name], output)
+
+    rewriter.replace_marks(activation, weight)
+    used = set()
+
+    def operation(there):
+        if not (zeros.keys() | weights).intersection(there.input) or there.op_type in ("Clip", "QuantizeLinear", "Cast"):
+            return None
+        if there.op_type not in ("Conv", "MatMul") or there.input[0] not in zeros or there.input[1] not in weights:
+            return None
+        used.update(there.input)
+        sums = f"{there.output[0]}_integers"
+        made = node(f"{there.op_type}Integer", [*there.input, zeros[there.input[0]]], [sums])
+        made.attribute.extend(there.attribute)
+        return [made, node("Cast", [sums], there.output, to=onnx.TensorProto.FLOAT)]
+
+    rewriter.replace(operation)
+    for name, layer in layers.items():
+        if layer.largest_sum() >= 2**24:
+            raise ArqError(
+                f"layer {name!r} can have sums up to {layer.largest_sum()}, which float32 does not hold: use QuantizeLinear"
+            )
+    if left := (zeros.keys() | weights) - used:
+        raise ArqError(
+            f"{sorted(left)[0]!r} is read by an operation that ONNX has no integer form of: export it with DequantizeLinear"
+        )
+
+
+def _integer_weight(rewriter, layer, output) -> list:
+    """Nodes that make of the stored weight the layer's codes, as INT8; they are folded when a session starts."""
+    codes, turn = layer.codes.cpu().numpy(), np.transpose if layer.codes.dim() == 2 else np.asarray
+    stored = _stored(rewriter, layer, turn(codes))
+    if layer.weight_bits > 4:
+        return [node("Identity", [stored], [output])]
+    if layer.weight_bits > 2:
+        return [node("Cast", [stored], [output], to=INT8)]
+    # -3, -1, 1, 3 are 2 c + 1 with c from -2 to 1; of a channel of zeros c is 0, and nothing is added
+    some = (layer.rows(layer.codes) != 0).any(1).cpu().numpy().reshape(-1, *[1] * (codes.ndim - 1))
+    two, one = rewriter.constant("two", np.int32(2)), rewriter.constant(f"{layer.name}.weight_middle", turn(some.astype(np.int32)))
+    half, even, odd = (f"{output}_{part}" for part in ("half", "even", "odd"))
+    return [
+        node("Cast", [stored], [half], to=INT32),
+        node("Mul", [half, two], [even]),
+        node("Add", [even, one], [odd]),
+        node("Cast", [odd], [output], to=INT8),
+    ]

@@ -1,0 +1,145 @@
+"""An ONNX file, this package's or anybody's, as a classifier; what cannot be trusted is refused before it is run."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from arq_env.export.packages import CARD, onnx, onnxruntime
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import parse_json, sha256
+
+#: Most values that one tensor may have for one image: 1 GiB of float32.
+MOST_VALUES = 2**28
+#: Operators whose output has any size that a number in the file says.
+_SIZED_BY_VALUES = ("ConstantOfShape", "Expand", "EyeLike", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample")
+_RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+_SCALED = ("QuantizeLinear", "DequantizeLinear")
+
+
+class OnnxClassifier:
+    """A function from images [b, c, h, w] (array or tensor) to logits [b, classes], computed by ONNX Runtime on the CPU.
+
+    On as many threads as torch has when it is made, with ONNX Runtime's graph optimisations on. ``digest`` is the file's SHA-256,
+    by which :func:`arq_env.certification.certify` knows it, ``card`` what its metadata says (empty for other packages' files),
+    ``input_shape`` that of an image. It can be sent to worker processes.
+
+    :param data: the file's bytes
+    :raises ArqError: when they are no model of one input of any batch size, or one that is not to be trusted, saying why
+    """
+
+    def __init__(self, data: bytes):
+        self.data, self.digest = data, sha256(data)
+        try:
+            model = onnx.load_model_from_string(data)
+            self.input_shape = _checked(model)
+            self.card = _card(model)
+            self._session = new_session(data)
+        except ArqError:
+            raise
+        except Exception as error:  # each package has errors of its own for files that are damaged
+            raise ArqError(
+                f"the ONNX model cannot be used ({reason(error)}): restore the file, or write it again with experiments/export.py"
+            ) from error
+        self._input, self._output = self._session.get_inputs()[0].name, self._session.get_outputs()[0].name
+
+    def __call__(self, images) -> np.ndarray:
+        """Logits [b, classes] of images [b, c, h, w] in [0, 1].
+
+        :raises ArqError: for images of another shape
+        """
+        images = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+        if images.shape[1:] != self.input_shape:
+            raise ArqError(f"the ONNX model takes images {[*self.input_shape]}, and these are {[*images.shape[1:]]}")
+        return self._session.run([self._output], {self._input: np.ascontiguousarray(images, np.float32)})[0]
+
+    def __reduce__(self):
+        return OnnxClassifier, (self.data,)
+
+
+def new_session(data: bytes) -> "onnxruntime.InferenceSession":
+    """A session on the CPU, on as many threads as torch has, with all graph optimisations."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = 4  # what fails is raised
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _card(model) -> dict:
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    return parse_json(entries[CARD].encode()) if CARD in entries else {}
+
+
+def _checked(model) -> tuple[int, ...]:
+    """The shape of one image that a model takes.
+
+    :raises ArqError: for a model that reaches outside of itself, whose cost its size does not tell, or that is no classifier
+    """
+    graph = model.graph
+    for tensor in _tensors(graph):
+        if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ArqError(f"the ONNX model keeps {tensor.name!r} in another file: save it as one file, which is what is certified")
+    if model.functions:
+        raise ArqError("the ONNX model has functions of its own: inline them with onnx.inliner.inline_local_functions")
+    for node in graph.node:
+        if node.domain.startswith(("qonnx", "finn")):
+            raise ArqError("the ONNX model is a QONNX file, which ONNX Runtime does not run: certify the same network's ONNX file")
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise ArqError(f"the ONNX model has {node.op_type}, whose path depends on values: export the network without branches")
+        if node.op_type in _RANDOM:
+            raise ArqError(f"the ONNX model has {node.op_type}: a classifier must give the same image the same output")
+    onnx.checker.check_model(model)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    _check_values(graph, constants)
+    inputs = [value for value in graph.input if value.name not in constants]
+    if len(inputs) != 1 or inputs[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT or not graph.output:
+        raise ArqError("the ONNX model is no classifier of images: it must have one input of float32 and one output, logits")
+    batch, *shape = [dim.dim_value for dim in inputs[0].type.tensor_type.shape.dim] or [1]
+    if batch or len(shape) != 3 or not all(0 < size < 2**16 for size in shape):
+        raise ArqError("the ONNX model's input must be [batch, c, h, w] of any batch size: export it with a dynamic batch")
+    _check_sizes(model)
+    return tuple(shape)
+
+
+def _tensors(graph) -> Iterator["onnx.TensorProto"]:
+    """Every constant of a graph."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors, attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+
+
+def _check_values(graph, constants: dict) -> None:
+    """Raise an ArqError for numbers that no network computes with, or fewer or more of them than the shape says."""
+    scales = {node.input[1] for node in graph.node if node.op_type in _SCALED and len(node.input) > 1}
+    for name, tensor in constants.items():
+        if math.prod(tensor.dims) > 8 * tensor.ByteSize() or min(tensor.dims, default=0) < 0:
+            raise ArqError(
+                f"the ONNX model's {name!r} claims to be of shape {[*tensor.dims]}, which it has no values for: restore it"
+            )
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise ArqError(f"the ONNX model's {name!r} holds NaN: write the file again")
+        if name in scales and not (np.isfinite(values) & (values > 0)).all():
+            raise ArqError(f"the ONNX model's {name!r} is a scale that is not finite and positive: write the file again")
+
+
+def _check_sizes(model) -> None:
+    """Raise an ArqError where a tensor is absurdly large, or its size is not known although values in the file decide it."""
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+    shapes = {
+        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.output)
+        if value.type.tensor_type.HasField("shape")
+    }
+    for node in inferred.node:
+        for name in node.output:
+            if name not in shapes and node.op_type in _SIZED_BY_VALUES:
+                raise ArqError(
+                    f"the ONNX model's {name!r} ({node.op_type}) has a size that cannot be told: export it with fixed shapes"
+                )
+            if (values := math.prod(shapes.get(name, ()))) > MOST_VALUES:
+                raise ArqError(f"the ONNX model's {name!r} has {values:,} values for an image: at most {MOST_VALUES:,} are taken")

@@ -1,0 +1,116 @@
+"""Certify a classifier on test images: a finished network, a file that export.py wrote, any ONNX file, or a torch module.
+
+Stop it at any time: the same command goes on, from a log that belongs to this classifier and these settings.
+"""
+
+from pathlib import Path
+
+from arq_agents import command_line
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument(
+        "classifier",
+        metavar="PATH",
+        help="run folder of finalize.py, .safetensors or .onnx file; or module:function, which returns a torch module",
+    )
+    parser.add_argument("--data", default="cifar10", help="cifar10 or signs")
+    parser.add_argument(
+        "--sigma", type=float, help="standard deviation of the noise, in units of pixels in [0, 1] (default: the file's)"
+    )
+    command_line.add_test_settings(parser)
+    parser.add_argument("--method", choices=("cohen", "randomized", "sequential"), default="cohen", help="see docs/certifier.md")
+    parser.add_argument("--base", metavar="MODULE:FUNCTION", help="for weights of a network of your own: one of the same structure")
+    parser.add_argument(
+        "--integer", action="store_true", help="a quantized torch network on integer kernels (needs an x86 CPU with VNNI)"
+    )
+    parser.add_argument("--device", default="cpu", help="of a torch module, cpu or cuda; ONNX runs on the CPU")
+    parser.add_argument("--output", type=Path, help="folder for the log and the figures (default: runs/certify and a name)")
+    return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
+import dataclasses
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from arq_env.certification import certify
+from arq_env.certification.digest import classifier_digest
+from arq_env.comparison import summarize
+from arq_env.datasets import load_dataset
+from arq_env.datasets.augment import as_tensor, to_float
+from arq_env.export.loading import import_network, load_with_card
+from arq_env.problem import check_device
+from arq_env.quantization import integer_network
+from arq_env.support.errors import ArqError
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
+from arq_env.support.settings import TestSettings
+
+
+def main(options):
+    classifier, card = chosen_classifier(options)
+    sigma = card.get("sigma") if options.sigma is None else options.sigma
+    if sigma is None:
+        raise ArqError("the file does not say for which noise it is: give --sigma")
+    settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
+    test = load_dataset(options.data).test
+    if not settings.offset < len(test.images):
+        raise ArqError(f"test images from index {settings.offset} were asked for: there are {len(test.images)}")
+    chosen = slice(settings.offset, None, settings.every)
+    digest = classifier_digest(classifier)
+    folder = options.output or Path("runs/certify") / f"{options.data}-sigma{sigma:g}-{options.method}-{digest[:12]}"
+    name = f"certificates-every{settings.every}-offset{settings.offset}-n{settings.n}"
+    certificates = certify(
+        classifier,
+        to_float(as_tensor(test.images[chosen])),
+        test.labels[chosen],
+        sigma=sigma,
+        n0=settings.n0,
+        n=settings.n,
+        alpha=settings.alpha,
+        seed=settings.seed,
+        method=options.method,
+        skip_wrong=options.method != "sequential",
+        progress=partial(tqdm, desc="certifying"),
+        log=folder / f"{name}.tsv",
+    )
+    document = {
+        "classifier": {**{key: card[key] for key in ("map", "network", "training", "arithmetic") if key in card}, "digest": digest},
+        "data": options.data,
+        "sigma": sigma,
+        "method": options.method,
+        "settings": dataclasses.asdict(settings),
+        "images": len(certificates),
+        **summarize(certificates),
+        "provenance": provenance(),
+    }
+    write_json(folder / f"{name}.json", document)
+    print(
+        f"ACR {document['acr']:.4f} +- {document['acr_standard_error']:.4f}, clean accuracy {document['clean_accuracy']:.3f}, "
+        f"{len(certificates)} images\n{folder / name}.json"
+    )
+
+
+def chosen_classifier(options):
+    """What to certify, on its device, and what its file says of it."""
+    check_device(options.device)
+    if ":" in options.classifier and not Path(options.classifier).exists():
+        classifier, card = import_network(options.classifier), {}
+    else:
+        base = None if options.base is None else import_network(options.base)
+        classifier, card = load_with_card(Path(options.classifier), base)
+    if isinstance(classifier, torch.nn.Module):
+        classifier = classifier.to(options.device)
+        return (integer_network(classifier) if options.integer else classifier), card
+    if options.integer or options.device != "cpu":
+        raise ArqError("ONNX Runtime runs here on the CPU, as the file says: leave out --integer and --device")
+    return classifier, card
+
+
+if __name__ == "__main__":
+    command_line.run(main, options)

@@ -1,0 +1,66 @@
+"""Write a finished network in the formats that other programs run; each file is checked against the network before it is kept.
+
+onnx: QuantizeLinear and DequantizeLinear, weights at their bits. integer: ONNX on integers, bit for bit the network. qonnx: for
+FINN and hls4ml. packed: weights packed at their bits. mapping: bits, levels and steps as JSON. See docs/export.md.
+"""
+
+from pathlib import Path
+
+from arq_agents import command_line
+
+FORMATS = {
+    "onnx": "network.onnx",
+    "integer": "network.integer.onnx",
+    "qonnx": "network.qonnx.onnx",
+    "packed": "network.arq.safetensors",
+    "mapping": "mapping.json",
+}
+
+
+def parse():
+    parser = command_line.parser(__doc__)
+    parser.add_argument("run", type=Path, help="run folder of finalize.py, or its network.safetensors")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to write")
+    parser.add_argument("--base", metavar="MODULE:FUNCTION", help="for a network of your own: returns one of the same structure")
+    parser.add_argument(
+        "--input-shape", type=command_line.whole(1), nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"), help="of one image"
+    )
+    parser.add_argument("--output", type=Path, help="folder for the files (default: beside the network)")
+    return parser.parse_args()
+
+
+options = command_line.start(__name__, parse)
+
+from arq_env.export.loading import import_network, load_with_card
+from arq_env.export.mapping import save_mapping
+from arq_env.export.packed import save_packed
+
+
+def main(options):
+    base = None if options.base is None else import_network(options.base)
+    network, card = load_with_card(options.run, base)
+    folder = options.output or (options.run if options.run.is_dir() else options.run.parent)
+    for name in options.format:
+        path = folder / FORMATS[name]
+        write(name, network, path, card, tuple(options.input_shape))
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def write(name, network, path, card, input_shape):
+    """One file."""
+    if name == "packed":
+        save_packed(network, path, card)
+    elif name == "mapping":
+        save_mapping(network, path, card)
+    elif name == "qonnx":
+        from arq_env.export.qonnx_export import save_qonnx
+
+        save_qonnx(network, path, card, input_shape=input_shape)
+    else:
+        from arq_env.export.onnx_export import save_onnx
+
+        save_onnx(network, path, card, input_shape=input_shape, integers=name == "integer")
+
+
+if __name__ == "__main__":
+    command_line.run(main, options, resumes=False)
