@@ -5,15 +5,19 @@ import functools
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from arq_agents.algorithms import WARM_UP_EPISODES
 from arq_agents.search import search
 from arq_agents.trace import Episode, read_trace
+from arq_env.bitwidths import Bits
 from arq_env.datasets import Dataset, Split
 from arq_env.env import ArqEnv
 from arq_env.evaluation import CertifierSettings
+from arq_env.layers import find_layers
 from arq_env.networks.training import Recipe, train
 from arq_env.problem import Problem
+from arq_env.quantization import Quantizer
 
 SHAPE = (3, 8, 8)
 #: Of a search by default: some more than an agent plays at random.
@@ -35,6 +39,42 @@ class ToyNet(nn.Module):
         x = torch.relu(self.norm(self.first(images - 0.5)))
         x = x + torch.relu(self.deep(torch.relu(self.middle(x))))
         return self.last(x.mean((2, 3)))
+
+
+class DepthwiseNet(nn.Module):
+    """Depthwise and pointwise convolutions, and activations with a small negative part (SiLU)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.pointwise = nn.Conv2d(8, 16, 1)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, images):
+        x = functional.silu(self.norm(self.stem(images - 0.5)))
+        x = functional.relu6(self.norm2(self.depthwise(x)))
+        return self.last(functional.silu(self.pointwise(x)).mean((2, 3)))
+
+
+@functools.cache
+def depthwise_network() -> DepthwiseNet:
+    """With random weights and plausible statistics, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = DepthwiseNet()
+        network.train()(torch.rand(64, *SHAPE))
+    return network.eval()
+
+
+def quantized_depthwise(bits: tuple[int, ...] = (2, 3, 4, 8), activation_bits: tuple[int, ...] = (8, 2, 5, 4)) -> nn.Module:
+    """The same with a layer each of so many weight and activation bits."""
+    layers = find_layers(depthwise_network(), SHAPE)
+    bit_widths = {layer.name: Bits(*pair) for layer, *pair in zip(layers, bits, activation_bits, strict=True)}
+    images = torch.rand(64, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return Quantizer(depthwise_network(), layers, images).quantize(bit_widths)
 
 
 @functools.cache

@@ -132,6 +132,11 @@ def _quiet():
             logging.disable(level)
 
 
+def layer_of(node: "onnx.NodeProto") -> str:
+    """The layer that a marked node belongs to."""
+    return onnx.helper.get_node_attr_value(node, "layer").decode()
+
+
 class Rewriter:
     """Nodes and constants that take the place of marked nodes.
 
@@ -170,7 +175,7 @@ class Rewriter:
         def make(node):
             if node.domain != MARK:
                 return None
-            layer = onnx.helper.get_node_attr_value(node, "layer").decode()
+            layer = layer_of(node)
             return (
                 activation(layer, node.input[0], node.output[0]) if node.op_type == "Activation" else weight(layer, node.output[0])
             )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from arq_env.export.cards import quantized_layers, some_quantized_layers
-from arq_env.export.graph import Rewriter, export_card, marked_model
+from arq_env.export.graph import MARK, Rewriter, export_card, layer_of, marked_model
 from arq_env.export.packages import onnx
 from arq_env.export.runtime import OnnxClassifier
 from arq_env.quantization.exact import exact_means
@@ -66,25 +66,34 @@ def _check(network, classifier, input_shape, *, exactly: bool) -> None:
     if exactly and apart.max() > 0 or not np.median(apart) <= ROUNDING * np.abs(expected).max():
         raise ArqError(
             f"the exported file's logits differ from the network's by {np.median(apart):.3g} in the median"
-            + (" where they should be the same: export it with DequantizeLinear" if exactly else ": the network is not understood")
+            + (" where they should be the same: export as onnx" if exactly else ": the network is not understood")
         )
 
 
-def _codes(rewriter: Rewriter, layer: QuantizedLayer, input: str, output: str) -> tuple[list, str, str]:
-    """Nodes that round an activation to unsigned codes, and the names of its step and of its zero's code."""
-    name, levels = layer.name, layer.highest - layer.lowest
-    step = rewriter.constant(f"{name}.activation_step", layer.activation_step.cpu().numpy())
-    zero = rewriter.constant(f"{name}.activation_zero", np.uint8(-layer.lowest))
-    if levels == 255:
-        return [node("QuantizeLinear", [input, step, zero], [output])], step, zero
-    limits = [rewriter.constant(f"{name}.activation_{end}", np.uint8(code)) for end, code in (("least", 0), ("most", levels))]
-    rounded = f"{output}_unclipped"
-    return [node("QuantizeLinear", [input, step, zero], [rounded]), node("Clip", [rounded, *limits], [output])], step, zero
+def _zero(rewriter: Rewriter, layer: QuantizedLayer) -> str:
+    return rewriter.constant(f"{layer.name}.activation_zero", np.uint8(-layer.lowest))
+
+
+def _step(rewriter: Rewriter, layer: QuantizedLayer) -> str:
+    return rewriter.constant(f"{layer.name}.activation_step", layer.activation_step.cpu().numpy())
+
+
+def _codes(rewriter: Rewriter, layer: QuantizedLayer, input: str, output: str) -> list:
+    """Nodes that round an activation to codes from 0, as UINT8."""
+    step, zero, most = _step(rewriter, layer), _zero(rewriter, layer), layer.highest - layer.lowest
+    if most == 255:
+        return [node("QuantizeLinear", [input, step, zero], [output])]
+    limits = [rewriter.constant(f"{layer.name}.activation_{end}", np.uint8(code)) for end, code in (("least", 0), ("most", most))]
+    return [
+        node("QuantizeLinear", [input, step, zero], [f"{output}_unclipped"]),
+        node("Clip", [f"{output}_unclipped", *limits], [output]),
+    ]
 
 
 def _dequantized_activation(rewriter, layers, name, input, output) -> list:
-    codes, step, zero = _codes(rewriter, layers[name], input, f"{output}_codes")
-    return [*codes, node("DequantizeLinear", [f"{output}_codes", step, zero], [output])]
+    layer, codes = layers[name], f"{output}_codes"
+    scaled = node("DequantizeLinear", [codes, _step(rewriter, layer), _zero(rewriter, layer)], [output])
+    return [*_codes(rewriter, layer, input, codes), scaled]
 
 
 def _stored(rewriter: Rewriter, layer: QuantizedLayer, codes: np.ndarray) -> str:
@@ -118,41 +127,30 @@ def _dequantized_weight(rewriter, layers, name, output) -> list:
 
 def _write_integers(rewriter: Rewriter, layers: dict[str, QuantizedLayer]) -> None:
     """Turn marked nodes into integers, and the operations on them into integer ones."""
-    zeros: dict[str, str] = {}  # marked activations to the code of their zero
-    weights: set[str] = set()
-
-    def activation(name, input, output):
-        nodes, _, zeros[output] = _codes(rewriter, layers[name], input, output)
-        return nodes
-
-    def weight(name, output):
-        weights.add(output)
-        return _integer_weight(rewriter, layers[name], output)
-
-    rewriter.replace_marks(activation, weight)
-    used = set()
+    for name, layer in layers.items():
+        if layer.largest_sum() >= 2**24:
+            raise ArqError(f"layer {name!r} can have sums up to {layer.largest_sum()}, which float32 does not hold: export as onnx")
+    marks = {there.output[0]: there for there in rewriter.graph.node if there.domain == MARK}
 
     def operation(there):
-        if not (zeros.keys() | weights).intersection(there.input) or there.op_type in ("Clip", "QuantizeLinear", "Cast"):
+        read = [marks[name] for name in there.input if name in marks]
+        if not read:
             return None
-        if there.op_type not in ("Conv", "MatMul") or there.input[0] not in zeros or there.input[1] not in weights:
-            return None
-        used.update(there.input)
+        layer = layers[layer_of(read[0])]
+        if there.op_type not in ("Conv", "MatMul") or [mark.op_type for mark in read] != ["Activation", "Weight"]:
+            raise ArqError(
+                f"layer {layer.name!r} reads its input by {there.op_type}, of which ONNX has no form on integers: export as onnx"
+            )
         sums = f"{there.output[0]}_integers"
-        made = node(f"{there.op_type}Integer", [*there.input, zeros[there.input[0]]], [sums])
+        made = node(f"{there.op_type}Integer", [*there.input, _zero(rewriter, layer)], [sums])
         made.attribute.extend(there.attribute)
         return [made, node("Cast", [sums], there.output, to=onnx.TensorProto.FLOAT)]
 
     rewriter.replace(operation)
-    for name, layer in layers.items():
-        if layer.largest_sum() >= 2**24:
-            raise ArqError(
-                f"layer {name!r} can have sums up to {layer.largest_sum()}, which float32 does not hold: use QuantizeLinear"
-            )
-    if left := (zeros.keys() | weights) - used:
-        raise ArqError(
-            f"{sorted(left)[0]!r} is read by an operation that ONNX has no integer form of: export it with DequantizeLinear"
-        )
+    rewriter.replace_marks(
+        lambda name, input, output: _codes(rewriter, layers[name], input, output),
+        lambda name, output: _integer_weight(rewriter, layers[name], output),
+    )
 
 
 def _integer_weight(rewriter, layer, output) -> list:

@@ -138,7 +138,7 @@ def _unpacked(path, file, base):
         for key in ("weight_step", "activation_step"):
             steps = state[f"{name}.{key}"]
             if not (steps.isfinite() & (steps > 0)).all():
-                raise ArqError(f"{path} cannot be loaded: layer {name!r} has a {key} that is not finite and positive")
+                raise ArqError(f"{path} cannot be loaded: the {key} of layer {name!r} is not finite and positive")
     give_state(network, state)
     return channels_last(network), card
 

@@ -13,7 +13,8 @@ from arq_env.support.files import parse_json, sha256
 #: Most values that one tensor may have for one image: 1 GiB of float32.
 MOST_VALUES = 2**28
 #: Operators whose output has any size that a number in the file says.
-_SIZED_BY_VALUES = ("ConstantOfShape", "Expand", "EyeLike", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample")
+_MADE_OF_VALUES = ("ConstantOfShape", "OneHot", "Range")
+_SIZED_BY_VALUES = (*_MADE_OF_VALUES, "Expand", "Pad", "Resize", "Tile", "Upsample")
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 _SCALED = ("QuantizeLinear", "DequantizeLinear")
 
@@ -47,12 +48,17 @@ class OnnxClassifier:
     def __call__(self, images) -> np.ndarray:
         """Logits [b, classes] of images [b, c, h, w] in [0, 1].
 
-        :raises ArqError: for images of another shape
+        :raises ArqError: for images of another shape, and with ONNX Runtime's own words where it fails
         """
         images = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
         if images.shape[1:] != self.input_shape:
             raise ArqError(f"the ONNX model takes images {[*self.input_shape]}, and these are {[*images.shape[1:]]}")
-        return self._session.run([self._output], {self._input: np.ascontiguousarray(images, np.float32)})[0]
+        try:
+            return self._session.run([self._output], {self._input: np.ascontiguousarray(images, np.float32)})[0]
+        except Exception as error:  # ONNX Runtime has no class of its own for what fails in a run
+            raise ArqError(
+                f"the ONNX model failed on {len(images)} images ({reason(error)}): export it for any batch size"
+            ) from error
 
     def __reduce__(self):
         return OnnxClassifier, (self.data,)
@@ -131,15 +137,20 @@ def _check_sizes(model) -> None:
     """Raise an ArqError where a tensor is absurdly large, or its size is not known although values in the file decide it."""
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     shapes = {
-        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        value.name: value.type.tensor_type.shape.dim
         for value in (*inferred.value_info, *inferred.output)
         if value.type.tensor_type.HasField("shape")
     }
+    constants = {tensor.name: tensor for tensor in inferred.initializer}
+    batch = {value.type.tensor_type.shape.dim[0].dim_param for value in inferred.input if value.name not in constants} - {""}
     for node in inferred.node:
         for name in node.output:
-            if name not in shapes and node.op_type in _SIZED_BY_VALUES:
-                raise ArqError(
-                    f"the ONNX model's {name!r} ({node.op_type}) has a size that cannot be told: export it with fixed shapes"
-                )
-            if (values := math.prod(shapes.get(name, ()))) > MOST_VALUES:
-                raise ArqError(f"the ONNX model's {name!r} has {values:,} values for an image: at most {MOST_VALUES:,} are taken")
+            values = math.prod(dim.dim_value or 1 for dim in shapes.get(name, ()))
+            if node.op_type in _SIZED_BY_VALUES:
+                told = [dim.dim_value or dim.dim_param in batch for dim in shapes.get(name, ())] or [False]
+                if not all(told if node.op_type in _MADE_OF_VALUES else told[1:]):
+                    raise ArqError(f"the ONNX model's {name!r} ({node.op_type}) has a size that cannot be told: fix its shape")
+                sizes = [onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:] if name in constants]
+                values = max([values, *(math.prod(max(1.0, abs(float(size))) for size in some.flat) for some in sizes)])
+            if not values <= MOST_VALUES:
+                raise ArqError(f"the ONNX model's {name!r} has {values:.9g} values for an image: at most {MOST_VALUES:,} are taken")
