@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import arq_env
-from arq_env.certification import certify
+from arq_env.certification import Cohen, certify
 from arq_env.comparison import paired_difference, summarize
 from arq_env.datasets import load_dataset
 from arq_env.datasets.augment import add_noise, as_tensor, to_float
@@ -116,7 +116,7 @@ def compare_certificates(network, file, test, sigma, folder, options) -> dict:
             sigma=sigma,
             n=options.n,
             seed=options.seed,
-            skip_wrong=True,
+            method=Cohen(skip_wrong=True),
             progress=partial(tqdm, desc=f"certifying, {name}"),
             log=folder / f"{name}-images{len(labels)}-n{options.n}.tsv",
         )
