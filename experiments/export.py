@@ -1,7 +1,8 @@
-"""Write a finished network in the formats that other programs run; each file is checked against the network before it is kept.
+"""Write a finished network in the formats that other programs run.
 
-onnx: QuantizeLinear and DequantizeLinear, weights at their bits. integer: ONNX on integers, bit for bit the network. qonnx: for
-FINN and hls4ml. packed: weights packed at their bits. mapping: bits, levels and steps as JSON. See docs/export.md.
+onnx: QuantizeLinear and DequantizeLinear, weights at their bits. integer: ONNX on integers, bit for bit the network. Both are run
+and compared with the network before they are kept. qonnx: for FINN and hls4ml. packed: weights packed at their bits. mapping:
+bits, levels and steps as JSON. See docs/export.md.
 """
 
 from pathlib import Path

@@ -93,7 +93,7 @@ def marked_model(
     for name, module in list(marked.named_modules()):
         if isinstance(module, ExactNorm):
             replace_module(marked, name, _Affine(module, name))
-    images, batch = torch.rand(2 if any_batch else 1, *input_shape), torch.export.Dim("batch")
+    images, batch = torch.zeros(2 if any_batch else 1, *input_shape), torch.export.Dim("batch")
     try:
         with _quiet(), exact_means() if integers else contextlib.nullcontext(), torch.no_grad():
             program = torch.onnx.export(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from arq_env.certification.inputs import device_of
 from arq_env.export.cards import quantized_layers, some_quantized_layers
 from arq_env.export.graph import MARK, Rewriter, export_card, layer_of, marked_model
 from arq_env.export.packages import onnx
@@ -58,9 +59,8 @@ def save_onnx(
 def _check(network, classifier, input_shape, *, exactly: bool) -> None:
     """Raise an ArqError unless the file computes on noise what the network does."""
     images = torch.rand(CHECKED, *input_shape, generator=torch.Generator().manual_seed(0))
-    device = next((tensor.device for tensor in network.buffers()), images.device)
     with torch.inference_mode(), exact_means():
-        expected = network(images.to(device)).float().cpu().numpy()
+        expected = network(images.to(device_of(network))).float().cpu().numpy()
     got = classifier(images)
     apart = np.abs(got - expected).max(1) if got.shape == expected.shape else np.full(CHECKED, np.inf)
     if exactly and apart.max() > 0 or not np.median(apart) <= ROUNDING * np.abs(expected).max():
@@ -97,7 +97,7 @@ def _dequantized_activation(rewriter, layers, name, input, output) -> list:
 
 
 def _stored(rewriter: Rewriter, layer: QuantizedLayer, codes: np.ndarray) -> str:
-    """Add a layer's weight at its bits; of 2 bits, half of what its odd codes are above their mean, -1, rounded down."""
+    """Add a layer's weight at its bits; of 2 bits c = (code - 1) / 2, from -2 to 1 (0 in a channel of zeros)."""
     kind = INT2 if layer.weight_bits == 2 else INT4 if layer.weight_bits <= 4 else INT8
     return rewriter.constant(f"{layer.name}.weight", codes >> 1 if kind == INT2 else codes, kind)
 
