@@ -42,16 +42,16 @@ def test_a_finished_run_is_deployed(tmp_path):
         "integer": run / "network.integer.onnx",
         "onnx": run / "network.onnx",
     }.items():
-        done = script("certify", path, *SETTINGS, "--output", tmp_path / name)
+        done = script("certify", path, *SETTINGS, "--output", tmp_path / "found" / name)
         assert done.returncode == 0 and "ACR" in done.stdout, done.stderr
-        found[name] = radii(tmp_path / name)
+        found[name] = radii(tmp_path / "found" / name)
     assert np.array_equal(found["run"], found["packed"]) and np.array_equal(found["run"], found["integer"])
     assert np.abs(found["run"] - found["onnx"]).mean() < 0.02
-    document = json.loads(next((tmp_path / "onnx").glob("*.json")).read_text())
+    document = json.loads(next((tmp_path / "found/onnx").glob("*-n60.json")).read_text())
     assert document["classifier"]["digest"] == arq_env.load(run / "network.onnx").digest and document["sigma"] == 0.5
     assert_one_line_error(script("certify", run / "network.qonnx.onnx", *SETTINGS, "--output", tmp_path / "x"), "QONNX")
     assert_one_line_error(
-        script("certify", run / "network.arq.safetensors", *SETTINGS, "--output", tmp_path / "onnx"), "classifier"
+        script("certify", run / "network.arq.safetensors", *SETTINGS, "--output", tmp_path / "found/onnx"), "classifier"
     )
 
     short = ["--noisy", "64", "--images", "3", "--n", "20", "--output", tmp_path / "study"]
@@ -76,20 +76,28 @@ def test_certificates_resume_after_a_kill(tmp_path):
 
 @pytest.mark.slow
 def test_an_own_network_is_deployed(tmp_path):
-    """Depthwise layers, a structure that only its own code knows, and a plain function by import string."""
-    images = tmp_path / "run"
-    save_quantized(quantized_depthwise(), images / "network.safetensors", {"network": None, "sigma": 0.5})
-    (tmp_path / "own.py").write_text("from tests.toy import DepthwiseNet\n\ndef make():\n    return DepthwiseNet()\n")
-    own = ["--base", "own:make"]
-    environment = {"PYTHONPATH": f"{tmp_path}:{script.__globals__['ROOT']}"}
-    done = script("export", images, *own, "--input-shape", 3, 8, 8, **environment)
+    """Depthwise layers, and a structure that only its own code knows: by import string, which is certified itself, too."""
+    run = tmp_path / "run"
+    save_quantized(quantized_depthwise(), run / "network.safetensors", {"network": None, "sigma": 0.5})
+    own = ["--base", "tests.toy:DepthwiseNet"]
+    done = script("export", run, *own, "--input-shape", 3, 32, 32)
     assert done.returncode == 0, done.stderr
-    packed = arq_env.load(images / "network.arq.safetensors", quantized_depthwise())
+    packed = arq_env.load(run / "network.arq.safetensors", quantized_depthwise())
     assert network_digest(packed) == network_digest(quantized_depthwise())
-    done = script("certify", images / "network.integer.onnx", *SETTINGS, "--output", tmp_path / "x")
-    assert_one_line_error(done, "takes images [3, 8, 8]")
-    assert_one_line_error(script("export", images, "--format", "packed"), "cannot be loaded")
-    assert_one_line_error(script("certify", "own:nothing", *SETTINGS, "--sigma", "0.5", **environment), "own:nothing")
+    for name, path in {"run": run, "integer": run / "network.integer.onnx", "made": "tests.toy:depthwise_network"}.items():
+        given = [
+            *(own if name == "run" else []),
+            *(["--sigma", "0.5"] if name == "made" else []),
+            "--output",
+            tmp_path / "found" / name,
+        ]
+        done = script("certify", path, *SETTINGS, *given)
+        assert done.returncode == 0 and "ACR" in done.stdout, done.stderr
+    assert np.array_equal(radii(tmp_path / "found/run"), radii(tmp_path / "found/integer"))
+    assert_one_line_error(script("export", run, "--format", "packed"), "cannot be loaded")
+    assert_one_line_error(script("certify", "tests.toy:nothing", *SETTINGS, "--sigma", "0.5"), "tests.toy:nothing")
+    done = script("export", run, *own, "--input-shape", 1, 8, 8, "--format", "onnx")
+    assert_one_line_error(done, "cannot be exported")
 
 
 @pytest.mark.slow
