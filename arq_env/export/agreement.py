@@ -40,7 +40,8 @@ def explain(network: nn.Module, file: OnnxClassifier, image: torch.Tensor) -> Di
     :param file: that :func:`arq_env.export.onnx_export.save_onnx` wrote of it
     :param image: float32 [1, c, h, w]
     """
-    layers, seen = some_quantized_layers(network), {}
+    layers = some_quantized_layers(network)
+    seen: dict[str, torch.Tensor] = {}
 
     def note(layer):
         return lambda module, args: seen.setdefault(layer.name, args[0].clone())

@@ -63,7 +63,7 @@ class _Affine(nn.Module):
 
     def __init__(self, norm: ExactNorm, name: str):
         super().__init__()
-        if norm.running_mean is None:
+        if norm.running_mean is None or norm.running_var is None:
             raise ArqError(
                 f"{name!r} normalises by the batch it sees, so an image's output depends on others: track its statistics"
             )
@@ -111,6 +111,7 @@ def marked_model(
             f"the network cannot be exported ({reason(error)}): it must work for images {[*input_shape]} in batches of any size, "
             "and take no path that depends on their values"
         ) from error
+    assert program is not None  # as it is for dynamo
     model = copy.deepcopy(program.model_proto)
     model.producer_name, model.producer_version = "arq-env", arq_env.__version__
     for node in model.graph.node:  # where in torch's own files and the user's a node comes from
@@ -162,7 +163,7 @@ class Rewriter:
 
     def replace(self, make: Callable[["onnx.NodeProto"], list["onnx.NodeProto"] | None]) -> None:
         """Put ``make(node)`` in the place of each node; None keeps it."""
-        nodes = []
+        nodes: list[onnx.NodeProto] = []
         for node in self.graph.node:
             made = make(node)
             nodes += [node] if made is None else made

@@ -204,12 +204,12 @@ def _codes(layer: QuantizedLayer, packed: np.ndarray, zero_channels: list[int]) 
     low, high, distance = weight_range(layer.weight_bits)
     bits = np.unpackbits(packed, count=layer.codes.numel() * layer.weight_bits, bitorder="little")
     counted = np.packbits(bits.reshape(-1, layer.weight_bits), axis=1, bitorder="little").astype(np.int16)
-    codes = counted * distance + low
-    if codes.max(initial=low) > high:
+    values = counted * distance + low
+    if values.max(initial=low) > high:
         raise ArqError(
             f"layer {layer.name!r} has weights that {layer.weight_bits} bits do not have: restore the file or make it again"
         )
-    codes = torch.from_numpy(codes.astype(np.int8)).reshape(layer.codes.shape)
+    codes = torch.from_numpy(values.astype(np.int8)).reshape(layer.codes.shape)
     if zero_channels:
         rows = layer.rows(codes).clone()
         rows[zero_channels] = 0

@@ -39,8 +39,8 @@ def _quant(rewriter, name, input, output, *, step, zero, bits: int, signed: bool
     """One ``Quant`` node: its output is (round(clip(input / step + zero)) - zero) step."""
     constants = {"step": step, "zero": np.asarray(zero, np.float32), "bits": np.float32(bits)}
     inputs = [input, *(rewriter.constant(f"{name}_{part}", values) for part, values in constants.items())]
-    settings = {"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
-    return [onnx.helper.make_node("Quant", inputs, [output], domain=DOMAIN, **settings)]
+    sign, narrowed = int(signed), int(narrow)
+    return [onnx.helper.make_node("Quant", inputs, [output], domain=DOMAIN, signed=sign, narrow=narrowed, rounding_mode="ROUND")]
 
 
 def _activation(rewriter, layers, name, input, output) -> list:
