@@ -100,6 +100,8 @@ def _unpacked(path, file, base):
         raise ArqError(f"{path} is not of format {FORMAT} version {VERSION}: give a packed file that experiments/export.py wrote")
     card = parse_json(metadata["card"].encode())
     if base is None:
+        if not card.get("network"):
+            raise ArqError(f"{path} is of a network of somebody's own: give one of its structure (base, or --base)")
         with torch.device("meta"):
             network = build_network(card["network"])
     else:
