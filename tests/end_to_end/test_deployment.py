@@ -17,7 +17,7 @@ from arq_env.quantization import Quantizer, integer_network, save_quantized
 from arq_env.quantization.exact import exact_means
 from arq_env.quantization.integer import integer_kernels
 from tests.end_to_end.scripts import assert_one_line_error, kill, lines, script
-from tests.toy import quantized_depthwise
+from tests.toy import depthwise_network, quantized_depthwise
 
 SETTINGS = ["--data", "signs", "--every", "100", "--n", "60"]
 
@@ -82,7 +82,7 @@ def test_an_own_network_is_deployed(tmp_path):
     own = ["--base", "tests.toy:DepthwiseNet"]
     done = script("export", run, *own, "--input-shape", 3, 32, 32)
     assert done.returncode == 0, done.stderr
-    packed = arq_env.load(run / "network.arq.safetensors", quantized_depthwise())
+    packed = arq_env.load(run / "network.arq.safetensors", depthwise_network())
     assert network_digest(packed) == network_digest(quantized_depthwise())
     for name, path in {"run": run, "integer": run / "network.integer.onnx", "made": "tests.toy:depthwise_network"}.items():
         given = [
