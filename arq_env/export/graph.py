@@ -107,9 +107,10 @@ def marked_model(
                 dynamic_shapes=({0: batch},) if any_batch else None,
             )
     except Exception as error:  # whatever torch's exporter raises about somebody's network
+        why = reason(error.__cause__ or error)  # the outer one is about the exporter's own steps
         raise ArqError(
-            f"the network cannot be exported ({reason(error)}): it must work for images {[*input_shape]} in batches of any size, "
-            "and take no path that depends on their values"
+            f"the network cannot be exported ({why}): it must work for images {[*input_shape]} in batches of any size, and take no "
+            "path that depends on their values"
         ) from error
     assert program is not None  # as it is for dynamo
     model = copy.deepcopy(program.model_proto)

@@ -42,7 +42,10 @@ def load_with_card(path: Path, base: nn.Module | None = None) -> tuple[Callable,
             return load_packed(path, base)
         if not card_path(path).exists():
             raise ArqError(f"{path} has no card ({card_path(path).name}) beside it: restore it, or give a packed file")
-        if "layers" in read_json(card_path(path)):
+        card = read_json(card_path(path))
+        if base is None and not card.get("network"):
+            raise ArqError(f"{path} is of a network of somebody's own: give one of its structure (base, or --base)")
+        if "layers" in card:
             return load_quantized(path, base)
         return _checkpoint(path, base)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
