@@ -32,8 +32,8 @@ from .trace import Episode, read_trace
 UNIFORM_BITS = 4
 #: Uniform maps that are judged at most: there are 7 x 7.
 UNIFORM_MAPS = 49
-#: Images that the time of a search is foretold from.
-PROBED = 16
+#: Images that the time of a search is foretold from; and hours from which it is told.
+PROBED, TOLD_HOURS = 16, 0.5
 
 
 def main(options: argparse.Namespace) -> None:
@@ -50,7 +50,8 @@ def main(options: argparse.Namespace) -> None:
         f"{algorithm} on {options.env}: at most {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})"
     )
     base = arq_env_of(env)
-    print(f"about {estimated_hours(base, options.episodes):.2g} hours for all of them, from a few forward passes")
+    if (hours := estimated_hours(base, options.episodes)) > TOLD_HOURS:
+        print(f"about {hours:.2g} hours for all of them, from a few forward passes")
     with engine_of(options) as base.evaluator.engine:
         best = search(
             algorithm,
