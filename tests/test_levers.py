@@ -155,10 +155,8 @@ def test_exchange_tries_what_seems_to_cost_least_first():
 @pytest.mark.parametrize(
     "method",
     [
-        "td3+onehot",
-        "td3+features",
-        "sac+demonstrations",
-        "sac+incremental",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("td3+onehot", "td3+features", "sac+demonstrations")),
+        pytest.param("sac+incremental", marks=pytest.mark.slow),
         "ddpg+features+demonstrations+exchange",
         "random+exchange",
     ],

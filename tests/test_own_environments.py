@@ -79,6 +79,8 @@ NETWORKS = {
     "decoder": (Decoder, 3),
     "transformer": (Attention, 3),
 }
+#: Those that take seconds.
+LARGE = ("resnet", "mobilenet")
 
 
 def problem_of(name) -> Problem:
@@ -119,7 +121,7 @@ def play(env, seed=0):
     return reward, info
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in NETWORKS])
 def test_checks_of_environments_over_six_networks(name):
     env = env_of(name)
     gymnasium_check_env(env, skip_render_check=True)  # which needs a spec
