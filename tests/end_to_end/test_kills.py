@@ -16,8 +16,8 @@ import pytest
 
 from tests.end_to_end.scripts import ROOT, assert_one_line_error, path_of, script
 
-#: Moments at which each script is stopped.
-POINTS = 20
+#: Moments at which each script is stopped: one for each signal, or as many as the environment says.
+POINTS = int(os.environ.get("ARQ_KILLS", "3"))
 SEARCH = ["train_td3", "--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "20", "--test-n", "100"]
 CERTIFY = ["certify_map", "experiments/results/signs-sigma0.5-td3", "--every", "60", "--n", "300"]
 
@@ -95,10 +95,10 @@ def test_stopped_at_random_moments(tmp_path, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [0, 100, 2_000, 20_000, 1_000_000])
+@pytest.mark.parametrize("size", [0, 2_000, 200_000])
 def test_a_disk_that_fills_up(tmp_path, size):
     """No file can grow beyond some bytes: one line; with room again the same command ends as if nothing had been."""
-    command = ["solve_integer_program", *SEARCH[1:3], "--episodes", "1", "--test-images", "4", "--test-n", "50"]
+    command = [*SEARCH[:3], "--episodes", "2", "--test-images", "4", "--test-n", "50"]
     output = tmp_path / "run"
     command += ["--processes", "2", "--output", str(output)]
     assert script(*command).returncode == 0
