@@ -1,6 +1,7 @@
 """A grouped and depthwise network of one's own, from a folder of images and a module to certificates, by the scripts."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from arq_env.bitwidths import load_map
 from arq_env.problem import load_mapped
 from arq_env.quantization import load_quantized
-from tests.end_to_end.scripts import assert_one_line_error, lines, path_of
+from tests.end_to_end.scripts import ROOT, assert_one_line_error, lines, path_of
 from tests.own import make_net, trained_state, write_images
 
 MODULE = """
@@ -46,7 +47,8 @@ def run(tmp_path):
 
     def run(name, *arguments):
         command = [sys.executable, str(path_of(name)), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for networks of the tests
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
     return run
 
