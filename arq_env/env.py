@@ -124,7 +124,7 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ):
         if not (render_mode is None or isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]):
             raise ArqError(f"there is no render mode {render_mode!r}: choose one of {', '.join(self.metadata['render_modes'])}")
-        end_bits = whole("end_bits", end_bits, MIN_BITS, MAX_BITS)
+        end_bits = whole("end_bits", end_bits, MIN_BITS, MAX_BITS, floats=False)
         self.problem, self.render_mode = problem, render_mode
         self.evaluator = Evaluator(problem, settings_for(problem) if settings is None else settings)
         self.layers = problem.layers

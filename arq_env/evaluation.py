@@ -16,7 +16,7 @@ from arq_env.networks.training import noisy_accuracy
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 from arq_env.quantization.exact import exact_means
-from arq_env.rewards import REWARDS, CertifierSettings, Figures, Soft, settings_of  # noqa: F401 (asked for here by scripts)
+from arq_env.rewards import REWARDS, CertifierSettings, Figures, Soft
 from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 from arq_env.support.engines import Engine
 from arq_env.support.errors import ArqError

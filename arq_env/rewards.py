@@ -77,7 +77,7 @@ class CertifierSettings:
             ("regained_bits", 0, MAX_BITS - MIN_BITS),
             ("calibration_images", 2, math.inf),
         ):
-            object.__setattr__(self, name, whole(name, getattr(self, name), low, high))
+            object.__setattr__(self, name, whole(name, getattr(self, name), low, high, floats=False))
         if not isinstance(self.part, str) or self.part not in ("reward", "train"):
             raise ArqError(f"part is {self.part!r}: give 'reward' or 'train'")
         object.__setattr__(self, "alpha", checked_alpha(self.alpha))

@@ -40,9 +40,10 @@ from tqdm import tqdm
 from arq_agents.main import engine_of
 from arq_env.bitwidths import uniform
 from arq_env.comparison import TestSettings, compare_maps
-from arq_env.evaluation import Evaluator, settings_of
+from arq_env.evaluation import Evaluator
 from arq_env.problem import load_mapped
 from arq_env.report.tables import comparison_table, layer_table
+from arq_env.rewards import settings_of
 from arq_env.support.files import write_json
 
 

@@ -57,7 +57,7 @@ from arq_env import ArqError
 from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
-from arq_env.evaluation import CertifierSettings, Evaluator, settings_of
+from arq_env.evaluation import Evaluator
 from arq_env.finishing import finish
 from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import batches_per_epoch
@@ -65,6 +65,7 @@ from arq_env.problem import load_mapped, load_problem
 from arq_env.quantization import integer_network, model_bytes, save_quantized
 from arq_env.registration import ENVIRONMENTS
 from arq_env.report.tables import layer_table
+from arq_env.rewards import CertifierSettings, settings_of
 from arq_env.support.files import write_json, writing
 from arq_env.support.provenance import provenance
 

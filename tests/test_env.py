@@ -199,7 +199,7 @@ def test_end_bits():
     assert play(env, (0, 0))[1]["bit_widths"]["first"] == (4, 4)
     assert env.reset()[0][13:15].tolist() == [0.5, 0.5]  # the layer before the first free one has them
     assert type(make_toy_env(end_bits=np.int64(4)).end_bits) is int
-    for wrong in (9, 1, 8.5, True, "8", None, math.nan):
+    for wrong in (9, 1, 8.0, True, "8", None, math.nan):
         with pytest.raises(ArqError, match="end_bits is "):
             make_toy_env(end_bits=wrong)
 
@@ -244,7 +244,7 @@ def test_render_shows_the_map():
         ({"images": True}, "images is True"),
         ({"regained_bits": 7}, "regained_bits is 7"),
         ({"n": 10**9}, "from 1 to 10,000,000"),
-        ({"end_bits": 8.5}, "end_bits is 8.5"),
+        ({"end_bits": 8.0}, "end_bits is 8.0"),
         ({"sigma": True}, "sigma is True"),
         ({"device": "meta"}, "cpu or cuda"),
         ({"network": None}, "network is None"),

@@ -30,15 +30,16 @@ def rewards(images: int, count: int = 3) -> list:
     return [evaluator.reference.acr, *(evaluator.evaluate(bit_widths).acr for bit_widths in maps)]
 
 
-def test_threads_and_integer_kernels_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_threads_and_integer_kernels_change_no_bit(monkeypatch, count):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = rewards(64, 1)
+        one = rewards(64, count)
         torch.set_num_threads(2)
-        two = rewards(64, 1)
+        two = rewards(64, count)
         monkeypatch.setattr(integer, "integer_kernels", lambda: False)
-        floats = rewards(64, 1)
+        floats = rewards(64, count)
     finally:
         torch.set_num_threads(threads)
     assert one == two == floats

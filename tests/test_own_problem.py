@@ -185,7 +185,7 @@ def test_without_a_checkpoint_the_function_must_return_trained_weights(tmp_path,
     torch.save(trained_state(), "net.pth")
     (tmp_path / "mytrained.py").write_text(
         "import torch\nfrom tests.own import make_net as bare\ndef make_net():\n    network = bare()\n"
-        "    network.load_state_dict(torch.load('net.pth'))\n    return network\ndef nothing(): pass\n"
+        "    network.load_state_dict(torch.load('net.pth', weights_only=True))\n    return network\ndef nothing(): pass\n"
     )
     arguments = {key: value for key, value in arguments_of(NAME).items() if key != "checkpoint"} | {"network": "mytrained:make_net"}
     reward, _ = play(gymnasium.make(NAME, **arguments))

@@ -51,13 +51,14 @@ def _number(value) -> Any:
         return None
 
 
-def whole(name: str, value, least: int, most: float) -> int:
-    """The argument as an int; a float such as 1e4 counts where it is whole.
+def whole(name: str, value, least: int, most: float, *, floats: bool = True) -> int:
+    """The argument as an int; a float such as 1e4 counts where it is whole, if ``floats`` do at all.
 
     :raises ArqError: for anything but a whole number from ``least`` to ``most``
     """
     number = _number(value)
-    if number is None or number != math.floor(number) or not least <= number <= most:
+    integral = isinstance(number, numbers.Integral) or floats and number is not None and number == math.floor(number)
+    if number is None or not integral or not least <= number <= most:
         limits = f"of at least {least}" if most == math.inf else f"from {least} to {most:,}"
         raise ArqError(f"{name} is {shown(value)}: give a whole number {limits}")
     return int(number)

@@ -1,8 +1,5 @@
 """One door for everything that can be certified: files by their content, code by its import string."""
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from arq_env.quantization.convert import copy_network
 from arq_env.quantization.files import load_quantized
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json
+from arq_env.support.imports import call_imported
 
 #: The largest ONNX file, in bytes: the format itself has no larger ones.
 MOST_BYTES = 2**31
@@ -65,16 +63,15 @@ def _checkpoint(path: Path, base: nn.Module | None) -> tuple[nn.Module, dict]:
 
 
 def import_network(name: str) -> Callable:
-    """What the function returns that ``module:function`` names, found from the current folder on, too.
+    """What the function returns that ``module:function`` names (:func:`arq_env.support.imports.call_imported`).
 
     :raises ArqError: where there is no such function, or it fails, or returns what cannot be called
     """
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        network = getattr(importlib.import_module(module), attribute)()
-    except Exception as error:  # whatever somebody's code raises when it is imported and called
+        network = call_imported(name)
+    except ArqError:
+        raise
+    except Exception as error:  # whatever somebody's code raises when it is called
         raise ArqError(
             f"{name} cannot be used ({type(error).__name__}: {reason(error)}): give module:function of a network"
         ) from error

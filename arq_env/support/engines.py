@@ -103,7 +103,7 @@ def _call(digest: str, shared, arguments):
     """Make a call in a worker; each of its threads has functions of its own, as not all that they hold can be shared."""
     torch.set_num_threads(1)
     functions = vars(_worker).setdefault("functions", OrderedDict())
-    if digest not in functions:
+    if digest not in functions:  # pickled by the process that began the run, and by no file of it
         functions[digest] = pickle.loads(shared if isinstance(shared, bytes) else shared.read_bytes())
         while len(functions) > KEPT:
             functions.popitem(last=False)

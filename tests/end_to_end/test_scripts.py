@@ -14,8 +14,8 @@ import pytest
 
 from arq_env import ArqError
 from arq_env.certification import Certificates
-from arq_env.evaluation import settings_of
 from arq_env.problem import load_mapped
+from arq_env.rewards import settings_of
 from tests.end_to_end.scripts import ROOT, assert_one_line_error, path_of, script
 
 
