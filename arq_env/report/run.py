@@ -61,19 +61,21 @@ class Certified:
 
     def paired_with(self, other: "Certified") -> bool:
         """Whether the two can be compared image by image."""
-        return self.table is not None and other.table is not None and self.settings == other.settings
+        return self._tables(other) is not None
 
     def difference(self, other: "Certified") -> tuple[float, float] | None:
         """This ACR minus the other, paired, and its standard error; None where they cannot be compared image by image."""
-        if self.table is None or other.table is None or self.settings != other.settings:
-            return None
-        return paired_difference(self.table, other.table)
+        return None if (tables := self._tables(other)) is None else paired_difference(*tables)
 
     def ratio(self, other: "Certified") -> tuple[float, float] | None:
         """This ACR over the other, paired, and its standard error; None likewise."""
+        return None if (tables := self._tables(other)) is None else paired_ratio(*tables)
+
+    def _tables(self, other: "Certified") -> tuple[Certificates, Certificates] | None:
+        """Both tables, where they are on the same images and noise."""
         if self.table is None or other.table is None or self.settings != other.settings:
             return None
-        return paired_ratio(self.table, other.table)
+        return self.table, other.table
 
     @property
     def curve(self) -> list[tuple[float, float]]:
