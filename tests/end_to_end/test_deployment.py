@@ -95,7 +95,7 @@ def test_an_own_network_is_deployed(tmp_path):
         assert done.returncode == 0 and "ACR" in done.stdout, done.stderr
     assert np.array_equal(radii(tmp_path / "found/run"), radii(tmp_path / "found/integer"))
     assert_one_line_error(script("export", run, "--format", "packed"), "--base")
-    assert_one_line_error(script("certify", "tests.toy:nothing", *SETTINGS, "--sigma", "0.5"), "tests.toy:nothing")
+    assert_one_line_error(script("certify", "tests.toy:nothing", *SETTINGS, "--sigma", "0.5"), "tests.toy", "nothing")
     done = script("export", run, *own, "--input-shape", 1, 8, 8, "--format", "onnx")
     assert_one_line_error(done, "cannot be exported")
 
