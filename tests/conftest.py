@@ -22,3 +22,21 @@ def problem():
     from tests.toy import toy_problem
 
     return toy_problem()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def known_steps():
+    """Steps of the same activations are fitted once: most of the time of the hundreds of searches on the toy network."""
+    from arq_env.quantization import convert
+
+    fit, known = convert.activation_levels, {}
+
+    def remembered(samples, bits, weights=None):
+        content = [None if tensor is None else tensor.detach().cpu().numpy().tobytes() for tensor in (samples, weights)]
+        if (key := (*content, bits)) not in known:
+            known[key] = fit(samples, bits, weights)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "activation_levels", remembered)
+        yield
