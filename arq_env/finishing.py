@@ -18,6 +18,7 @@ from arq_env.quantization.files import load_quantized, save_quantized
 from arq_env.quantization.finetuning import finetune
 from arq_env.support.errors import ArqError
 from arq_env.support.files import sha256
+from arq_env.support.machine import fastest_precision
 from arq_env.support.provenance import provenance
 
 #: Images of the reward split that epochs are judged on, at most.
@@ -25,8 +26,11 @@ HELD_OUT = 464
 
 
 def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:
-    """The reported figures' recipe cut to so many batches: for telling how maps compare once finished, not for networks to ship."""
-    recipe = finetuning_recipe(problem.sigma, seed=seed, precision="bf16", start=problem.card.get("digest", ""))
+    """The reported figures' recipe cut to so many batches, in the precision that is fastest here: for telling how maps compare once
+    finished, not for networks to ship.
+    """
+    precision = fastest_precision(problem.device)
+    recipe = finetuning_recipe(problem.sigma, seed=seed, precision=precision, start=problem.card.get("digest", ""))
     there = len(problem.dataset.train.images)
     recipe = replace(recipe, batch=min(recipe.batch, there))
     epochs = math.ceil(steps * recipe.batch / there)

@@ -4,9 +4,13 @@ The map is a run folder of a search, a bit_widths.json, found or edited by hand,
 fine-tune the base network by the same recipe. Stop it at any time: the same command goes on.
 """
 
+import argparse
 from pathlib import Path
 
 from arq_agents import command_line
+
+#: Batches of fine-tuning from which compiling, a minute or so, pays.
+COMPILED_BATCHES = 500
 
 
 def parse():
@@ -31,12 +35,23 @@ def parse():
         ("seed", command_line.whole(0), "of order, crops and noise, in training and in certification"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the training passes")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="arithmetic of the training passes; auto: bf16 where the processor has it",
+    )
     parser.add_argument("--every", type=command_line.whole(1), default=20, help="certify on every so many-th test image")
     parser.add_argument("--n", type=command_line.whole(10), default=1_000, help="noise samples that count a class")
-    parser.add_argument("--compile", action="store_true", help="compile for training and certification (needs a C++ compiler)")
     parser.add_argument(
-        "--integer", action="store_true", help="certify a quantized network on integer kernels (needs an x86 CPU with VNNI)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help=f"compile for training and certification (default: from {COMPILED_BATCHES} batches on, where there is a C++ compiler)",
+    )
+    parser.add_argument(
+        "--integer",
+        action=argparse.BooleanOptionalAction,
+        help="certify a quantized network on integer kernels, which changes no label (default: where an x86 CPU has VNNI)",
     )
     command_line.add_engine(parser, "images to certify")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -63,10 +78,12 @@ from arq_env.networks.recipe import Recipe, finetuning_recipe
 from arq_env.networks.training import batches_per_epoch
 from arq_env.problem import load_mapped, load_problem
 from arq_env.quantization import integer_network, model_bytes, save_quantized
+from arq_env.quantization.integer import integer_kernels
 from arq_env.registration import ENVIRONMENTS
 from arq_env.report.tables import layer_table
 from arq_env.rewards import CertifierSettings, settings_of
 from arq_env.support.files import write_json, writing
+from arq_env.support.machine import compiles, fastest_precision
 from arq_env.support.provenance import provenance
 
 
@@ -75,6 +92,7 @@ def main(options):
     searched = settings_of(found)
     folder = options.output or default_folder(options, name)
     evaluator = Evaluator(problem, CertifierSettings(images=searched.images, first=searched.first))
+    what_is_fastest(options, problem)
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"sigma", "start"}
     changes = {field: value for field, value in vars(options).items() if field in fields}
     recipe = finetuning_recipe(problem.sigma, start=problem.card["digest"], **changes)
@@ -137,6 +155,19 @@ def main(options):
         f"clean accuracy {document['clean_accuracy']:.3f}, {document['bops_fraction']:.3%} of FP32's bit operations, "
         f"{document['model_bytes']:,} bytes\n{folder}"
     )
+
+
+def what_is_fastest(options, problem):
+    """Settle the options that are left to the machine, and say how."""
+    if options.precision == "auto":
+        options.precision = fastest_precision(options.device)
+    if options.integer is None:
+        options.integer = problem.device.type == "cpu" and integer_kernels()
+    if options.compile is None:
+        batches = options.epochs * -(-(options.images or len(problem.dataset.train.images)) // options.batch)
+        options.compile = batches >= COMPILED_BATCHES and compiles()
+    chosen = [options.precision] + [name for name in ("compile", "integer") if getattr(options, name)]
+    print(f"on this machine: {', '.join(chosen)} (set by --precision, --[no-]compile, --[no-]integer)")
 
 
 def chosen_map(options):
