@@ -270,16 +270,16 @@ def search_options(algorithm: str) -> argparse.Namespace:
 
     :param algorithm: as for :func:`arq_agents.search.search`
     """
+    from arq_env.registration import EPISODES as OF_ENVIRONMENT
     from arq_env.support.settings import CONFIRMING_STEPS
 
-    from .methods import EPISODES, LEARNERS, LEVERS, SIGNS_EPISODES, split_method
+    from .methods import EPISODES, LEARNERS, LEVERS, split_method
 
     name = f"{algorithm.upper()} (stable-baselines3)" if algorithm in LEARNERS else f"the {algorithm.replace('_', ' ')}"
     own = parser(f"Search a bit-width map with {name}. Stop it at any time: the same command goes on.")
     add_environment(own, budget=1 / 64)
-    own.add_argument(
-        "--episodes", type=whole(1), help=f"maps to try (default: {EPISODES}, or {SIGNS_EPISODES} on ARQ-ResNet20-Signs-v0)"
-    )
+    few = ", ".join(f"or {episodes} on {env}" for env, episodes in OF_ENVIRONMENT.items())
+    own.add_argument("--episodes", type=whole(1), help=f"maps to try (default: {EPISODES}, {few})")
     own.add_argument("--seed", type=whole(0), default=0, help="of the search")
     own.add_argument(
         "--add", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"what to add to the search: {', '.join(LEVERS)}"
@@ -288,10 +288,10 @@ def search_options(algorithm: str) -> argparse.Namespace:
     own.add_argument(
         "--test-images",
         type=whole(0),
-        default=100,
+        default=200,
         help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
-    own.add_argument("--test-n", type=whole(10), default=500, help="noise samples counted for each of them")
+    own.add_argument("--test-n", type=whole(10), default=200, help="noise samples counted for each of them")
     own.add_argument(
         "--finish",
         type=whole(1),
@@ -306,7 +306,7 @@ def search_options(algorithm: str) -> argparse.Namespace:
     if options.finish and not options.test_images:
         own.error("--finish certifies on test images: give --test-images at least 1")
     if options.episodes is None:
-        options.episodes = SIGNS_EPISODES if options.env == "ARQ-ResNet20-Signs-v0" else EPISODES
+        options.episodes = OF_ENVIRONMENT.get(options.env, EPISODES)
     options.algorithm = "+".join([algorithm, *options.add])
     split_method(options.algorithm)  # mistakes first
     return options

@@ -26,8 +26,8 @@ CHANGES: dict[str, dict[str, float]] = {
 INFORMED = ("features", "demonstrations", "exchange")
 LEVERS = tuple(dict.fromkeys(("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")))
 
-#: Episodes of a search by default, and on the embedded data: a first result within minutes.
-EPISODES, SIGNS_EPISODES = 150, 60
+#: Episodes of a search by default.
+EPISODES = 150
 
 #: What is compared by default.
 COMPARED = (
