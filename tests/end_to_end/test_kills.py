@@ -58,9 +58,9 @@ COMMANDS = {
         "certify_map",
         "final/bit_widths.json",
         "--n",
-        "200",
+        "50",
         "--every",
-        "1",
+        "2",
         "--processes",
         "2",
         "--output",
@@ -126,6 +126,10 @@ def content(path: Path):
     if path.name == "agent.zip":
         with zipfile.ZipFile(path) as file:
             return [file.read(part) for part in sorted(file.namelist()) if part.endswith(".pth")]
+    if path.suffix == ".safetensors":  # whose header has no order
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        return json.loads(data[8 : 8 + length]), data[8 + length :]
     if path.suffix == ".pt":  # equal values are written in other bytes after they were read
         return plain(torch.load(path, weights_only=True))
     return None if path.suffix == ".html" or path.name == "time.png" else path.read_bytes()
@@ -134,14 +138,14 @@ def content(path: Path):
 def plain(value):
     """With tensors as what Python compares."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return timeless([(key, plain(entry)) for key, entry in value.items()])
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
 def timeless(pairs: list[tuple]) -> dict:
-    return {key: value for key, value in pairs if "seconds" not in key}
+    return {key: value for key, value in pairs if "second" not in str(key)}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +188,7 @@ def test_stopped_at_random_moments(tmp_path, prepared, name):
         anew()
         end = ends[point % len(ENDS)]
         if end == FULL:
-            most = int(largest ** moments.uniform(0, 1))
+            most = int(64 * (largest / 64) ** moments.uniform(0, 1))  # with less there is no semaphore, which lies in memory
             process = started(command, folder, most)
             said = ended(process)
             told = [line for line in said.splitlines() if line.startswith(("error: ", "Traceback"))]
