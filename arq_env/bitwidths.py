@@ -1,12 +1,13 @@
 """The bit-width map: how many bits each layer's weights and input activations get, and its file."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from arq_env.layers import Layer, kept_macs, total_macs
-from arq_env.support.errors import ArqError, reason
-from arq_env.support.files import read_json, write_json
+from arq_env.support.errors import ArqError, reason, shown
+from arq_env.support.files import checked_path, read_json, write_json
 from arq_env.support.settings import MAX_BITS, MIN_BITS
 
 #: Bits of the first and the last layer by default; every method in the field leaves them at 8.
@@ -75,6 +76,8 @@ def bops_fraction(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> float:
 
 def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:
     """Raise an ArqError that names the layer, unless the map is one for these layers with bits from 2 to 8."""
+    if not isinstance(bit_widths, Mapping):
+        raise ArqError(f"the map is {shown(bit_widths)}: give a dictionary of Bits(weight, activation) by layer name")
     names = {layer.name for layer in layers}
     for name in bit_widths:
         if name not in names:
@@ -84,10 +87,10 @@ def check_map(bit_widths: BitWidthMap, layers: tuple[Layer, ...]) -> None:
             raise ArqError(f"the map leaves out layer {name!r}: give its weight_bits and activation_bits")
     for name, bits in bit_widths.items():
         if not (isinstance(bits, tuple) and len(bits) == 2):
-            raise ArqError(f"layer {name!r} has bits {bits!r}: give Bits(weight, activation)")
+            raise ArqError(f"layer {name!r} has bits {shown(bits)}: give Bits(weight, activation)")
         for kind, value in zip(Bits._fields, bits, strict=True):
             if type(value) is not int or not MIN_BITS <= value <= MAX_BITS:
-                raise ArqError(f"layer {name!r} has {kind} bits {value!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
+                raise ArqError(f"layer {name!r} has {kind} bits {shown(value)}: give a whole number from {MIN_BITS} to {MAX_BITS}")
     for layer in layers:
         if layer.tied_to is not None and bit_widths[layer.name].activation != bit_widths[layer.tied_to].activation:
             raise ArqError(f"layers {layer.tied_to!r} and {layer.name!r} read the same tensor: give both the same activation bits")
@@ -121,7 +124,7 @@ def load_map(path: Path, layers: tuple[Layer, ...]) -> tuple[BitWidthMap, dict]:
         weights that it states
     """
     try:
-        document = read_json(path)
+        document = read_json(checked_path("path", path))
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ArqError(
                 f"{path} has format {document['format']} version {document['version']}: {FORMAT} version {VERSION} is read here"

@@ -22,8 +22,8 @@ from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.networks.own import load_own
 from arq_env.quantization.convert import check_conversion
-from arq_env.support.errors import ArqError, reason
-from arq_env.support.files import read_json, sha256
+from arq_env.support.errors import ArqError, reason, shown
+from arq_env.support.files import checked_path, read_json, sha256
 
 #: Training images that ranges of activations and BatchNorm's statistics are estimated on; more of them rank maps no better.
 CALIBRATION_IMAGES = 320
@@ -179,12 +179,12 @@ def load_problem(
         each other
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma <= sys.float_info.max:
-        raise ArqError(f"sigma is {sigma!r}: give a positive standard deviation, in units of pixels in [0, 1]")
+        raise ArqError(f"sigma is {shown(sigma)}: give a positive standard deviation, in units of pixels in [0, 1]")
     for name, value in (("network", network), ("data", data), ("training", training), ("checkpoint", checkpoint)):
         if not (isinstance(value, str) and 0 < len(value) <= LONGEST_PATH or name == "checkpoint" and value is None):
-            raise ArqError(f"{name} is {value!r}: give a name or a path of at most {LONGEST_PATH} characters")
+            raise ArqError(f"{name} is {shown(value)}: give a name or a path of at most {LONGEST_PATH} characters")
     if not isinstance(network_arguments, dict | None):
-        raise ArqError(f"network_arguments is {network_arguments!r}: give a dictionary of the function's keyword arguments")
+        raise ArqError(f"network_arguments is {shown(network_arguments)}: give a dictionary of the function's keyword arguments")
     of_data: dict[str, Any] = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
     of_network = {
         "checkpoint": checkpoint,
@@ -215,7 +215,7 @@ def load_problem(
 def _names(keep: Any) -> list[str]:
     names = [keep] if isinstance(keep, str) else keep
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ArqError(f"keep is {keep!r}: give a list of the names that may stay at full precision")
+        raise ArqError(f"keep is {shown(keep)}: give a list of the names that may stay at full precision")
     return list(names)
 
 
@@ -238,8 +238,9 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
     :return: problem, map, the file's other entries, and the file
     :raises ArqError: when it cannot be read, is for a network of one's own, or was found for other weights than the shipped ones
     """
-    path = path / "bit_widths.json" if path.is_dir() else path
+    path = checked_path("path", path)
     try:
+        path = path / "bit_widths.json" if path.is_dir() else path
         header = read_json(path)
         names = header["network"], header["dataset"]
         made_with = header.get("provenance", {})

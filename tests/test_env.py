@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -23,6 +23,7 @@ from arq_env.bitwidths import Bits, bops_fraction, uniform
 from arq_env.env import REWARD_SCALE, make_env
 from arq_env.evaluation import CertifierSettings
 from arq_env.registration import ENVIRONMENTS, register_all
+from tests.hostile import hostile
 from tests.own import arguments_of
 from tests.toy import make_toy_env, toy_problem
 
@@ -280,13 +281,13 @@ def told(call) -> str:
 ARGUMENTS = (*inspect.signature(make_env).parameters, *(field.name for field in dataclasses.fields(CertifierSettings)), "problem")
 
 
-@settings(max_examples=80, deadline=None)
+@hostile
 @given(st.sampled_from(sorted({*ARGUMENTS} - {"settings"})), odd_values())
 def test_no_argument_ends_in_a_bare_error(name, value):
     assert "\n" not in told(lambda: gymnasium.make("ARQ-ResNet20-Signs-v0", disable_env_checker=True, **{name: value}))
 
 
-@settings(max_examples=300, deadline=None)
+@hostile
 @given(odd_values(), odd_values())
 def test_no_reset_and_no_step_ends_in_a_bare_error(value, other):
     env = TOY()

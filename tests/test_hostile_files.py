@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -17,6 +17,7 @@ from arq_env import ArqError
 from arq_env.bitwidths import Bits, bops_fraction, load_map, save_map, uniform
 from arq_env.quantization import Quantizer, load_quantized, save_quantized
 from arq_env.support.files import sha256, write_json
+from tests.hostile import hostile, outcome_of
 from tests.toy import make_toy_env, search_toy, toy_network, toy_problem
 
 LAYERS = toy_problem().layers
@@ -44,7 +45,6 @@ ODD = [
     {},
     {"a": 1},
 ]
-hostile = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def places(document, path=()):
@@ -77,16 +77,6 @@ def changes(document):
     return once(document) | once(document).flatmap(lambda changed: once(changed) if changed else st.just(changed))
 
 
-def outcome_of(call):
-    """What a call returns, and the one line it refuses with."""
-    try:
-        return call(), None
-    except ArqError as error:
-        refused = str(error)
-    assert "\n" not in refused
-    return None, refused
-
-
 def document_of(write, tmp_path):
     write(tmp_path / "document.json")
     return json.loads((tmp_path / "document.json").read_text())
@@ -102,7 +92,7 @@ def map_document(tmp_path_factory):
 def test_maps(tmp_path, map_document, data):
     document, path = data.draw(changes(map_document)), tmp_path / "map.json"
     path.write_text(json.dumps(document))
-    read, refused = outcome_of(lambda: load_map(path, LAYERS))
+    read, refused = outcome_of(lambda: load_map(path, LAYERS), tmp_path)
     if not refused:
         bit_widths, rest = read
         assert list(bit_widths) == [layer.name for layer in LAYERS] and 0 < bops_fraction(bit_widths, LAYERS) < 0.07
@@ -110,8 +100,8 @@ def test_maps(tmp_path, map_document, data):
         assert budget is None or isinstance(budget, dict) or 0 < budget <= 1
 
 
-@given(st.binary(max_size=200))
 @hostile
+@given(st.binary(max_size=200))
 def test_bytes(tmp_path, data):
     for name, read in (
         ("bit_widths.json", lambda path: load_map(path, LAYERS)),
@@ -121,7 +111,7 @@ def test_bytes(tmp_path, data):
     ):
         (tmp_path / "a.json").write_bytes(data)
         (tmp_path / name).write_bytes(data)
-        outcome_of(lambda read=read, name=name: read(tmp_path / name))
+        outcome_of(lambda read=read, name=name: read(tmp_path / name), tmp_path)
 
 
 def test_a_map_that_is_edited_by_hand(tmp_path, map_document):
@@ -302,7 +292,7 @@ def episode_document(tmp_path_factory):
 def test_traces(tmp_path, episode_document, data):
     path, document = tmp_path / "trace.jsonl", data.draw(changes(episode_document))
     path.write_text(json.dumps(document) + "\n")
-    episodes, refused = outcome_of(lambda: read_trace(path))
+    episodes, refused = outcome_of(lambda: read_trace(path), tmp_path)
     assert not refused or "line 1" in refused
     for episode in episodes or []:
         assert np.isfinite([episode.reward, episode.acr, episode.seconds]).all()

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -29,6 +29,7 @@ from arq_env.certification import (
     soft_radius,
     softmax_entropy,
 )
+from tests.hostile import hostile
 from tests.test_certify import halfspace
 
 IMAGES = np.linspace(0.3, 0.6, 5, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 4, 4), np.float32)
@@ -127,7 +128,7 @@ SHARED = dict.fromkeys(("sigma", "n0", "n", "seed", "batch_size", "map", "progre
 CERTIFY = SHARED | dict.fromkeys(("alpha", "radius", "log"), WRONG) | {"method": METHOD, "labels": LABELS | WRONG}
 
 
-@settings(max_examples=200, deadline=None)
+@hostile
 @given(some(CERTIFY) | st.just({}), st.sampled_from([*METHODS]).flatmap(lambda kind: st.tuples(st.just(kind), some(METHODS[kind]))))
 def test_certify(tmp_path_factory, wrong, chosen):
     kind, options = chosen
@@ -140,7 +141,7 @@ def test_certify(tmp_path_factory, wrong, chosen):
         assert len(got) == 5 and np.isfinite(got.radius).all() and (got.radius >= 0).all() and (got.n <= 12 + 40).all()
 
 
-@settings(max_examples=100, deadline=None)
+@hostile
 @given(some(SHARED))
 def test_cache_predictions_and_estimate(wrong):
     with one_line():
@@ -151,7 +152,7 @@ def test_cache_predictions_and_estimate(wrong):
         assert estimate_seconds(**{"classifier": halfspace, "images": IMAGES, "n": 12} | few) > 0
 
 
-@settings(max_examples=150, deadline=None)
+@hostile
 @given(
     some({"images": PIXELS | WRONG, "labels": LABELS | WRONG} | dict.fromkeys(("sigma", "n", "seed", "entropy", "network"), WRONG))
 )
@@ -168,7 +169,7 @@ def test_soft_radius_and_entropy(wrong):
 ARRAYS = WRONG | st.sampled_from([np.arange(5), np.arange(4), torch.arange(5), [1, 2, 3], [[1], [2, 3]], np.array([0.5, np.nan])])
 
 
-@settings(max_examples=200, deadline=None)
+@hostile
 @given(ARRAYS, ARRAYS, WRONG | st.just(0.01), ARRAYS, st.tuples(ARRAYS, ARRAYS) | WRONG)
 def test_bounds(successes, n, alpha, draw, prior):
     for bound in (

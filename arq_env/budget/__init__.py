@@ -8,7 +8,7 @@ from arq_env.budget.base import WIDTHS, AllOf, Budget, BudgetSpec, OneBudget
 from arq_env.budget.bops import BopsBudget
 from arq_env.budget.latency import LatencyBudget
 from arq_env.budget.size import BytesBudget
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 if TYPE_CHECKING:
     from arq_env.problem import Problem
@@ -41,6 +41,6 @@ def make_budget(wanted: BudgetSpec, problem: "Problem", end_bits: int = END_BITS
         return BopsBudget.of(problem, wanted, end_bits)
     unknown = [name for name in wanted if not isinstance(name, str) or name not in BUDGETS]
     if unknown or not wanted:
-        raise ArqError(f"the budget is {dict(wanted)!r}: give a limit for one or several of {', '.join(BUDGETS)}")
+        raise ArqError(f"the budget is {shown(dict(wanted))}: give a limit for one or several of {', '.join(BUDGETS)}")
     parts = [BUDGETS[name].of(problem, value, end_bits) for name, value in wanted.items()]
     return parts[0] if len(parts) == 1 else AllOf(parts)

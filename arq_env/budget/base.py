@@ -14,7 +14,7 @@ import numpy as np
 
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete, free_layers
 from arq_env.layers import Layer
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 if TYPE_CHECKING:
     from arq_env.problem import Problem
@@ -253,7 +253,7 @@ class AllOf(Budget):
     def at(self, value: Any) -> Self:
         names = [part.name for part in self.parts]
         if not isinstance(value, Mapping) or set(value) != set(names):
-            raise ArqError(f"the budget is {value!r}: give a dictionary with a limit for each of {', '.join(names)}")
+            raise ArqError(f"the budget is {shown(value)}: give a dictionary with a limit for each of {', '.join(names)}")
         return type(self)([part.at(value[part.name]) for part in self.parts])
 
     def excess(self, bit_widths: BitWidthMap) -> float:
@@ -278,8 +278,9 @@ def positive(value: Any, unit: str) -> float:
 
     :raises ArqError: for anything else
     """
+    value = value.item() if isinstance(value, np.generic) else value  # a float32 has no such limits
     if not (is_number(value) and 0 < value <= sys.float_info.max):
-        raise ArqError(f"the budget is {value!r}: give a positive number of {unit}")
+        raise ArqError(f"the budget is {shown(value)}: give a positive number of {unit}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, BitWidthMap, bops, free_layers
 from arq_env.budget.base import BudgetSpec, OneBudget, is_number
 from arq_env.layers import Layer, kept_macs, total_macs
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 if TYPE_CHECKING:
     from arq_env.problem import Problem
@@ -33,7 +33,7 @@ class BopsBudget(OneBudget):
 
     def checked(self, value: Any) -> float:
         if not (is_number(value) and 0 < value <= 1):
-            raise ArqError(f"the budget is {value!r}: give a fraction of FP32's bit operations in (0, 1], such as 0.015625")
+            raise ArqError(f"the budget is {shown(value)}: give a fraction of FP32's bit operations in (0, 1], such as 0.015625")
         return float(value)
 
     def layer_cost(self, layer: Layer, weight: int, activation: int) -> int:

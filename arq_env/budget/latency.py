@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits
 from arq_env.budget.base import BudgetSpec, OneBudget, is_number, positive
 from arq_env.layers import Layer
-from arq_env.support.errors import ArqError, reason
+from arq_env.support.errors import ArqError, reason, shown
 from arq_env.support.files import parse_json, sha256
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class LatencyBudget(OneBudget):
     def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
         wanted = {"milliseconds", "table"}
         if not isinstance(value, Mapping) or not wanted <= set(value) <= wanted | {"sha256"}:
-            raise ArqError(f"the latency budget is {value!r}: give {{'milliseconds': 3.0, 'table': 'times.json'}}")
+            raise ArqError(f"the latency budget is {shown(value)}: give {{'milliseconds': 3.0, 'table': 'times.json'}}")
         if not isinstance(value["table"], str | Path):
-            raise ArqError(f"the table of latencies is {value['table']!r}: give the path of a JSON file")
+            raise ArqError(f"the table of latencies is {shown(value['table'])}: give the path of a JSON file")
         return cls(problem.layers, value["milliseconds"], end_bits, table=value["table"], digest=value.get("sha256"))
 
     @property
@@ -67,7 +67,7 @@ def _read(path: Path, digest: str | None, layers: tuple[Layer, ...]) -> tuple[Pa
         content = path.read_bytes()
         document = parse_json(content)
         rows, beside = document["layers"], document.get("beside", 0)
-        listed = {name: dict(row) for name, row in rows.items()}
+        listed = {name: row | {} for name, row in rows.items()}  # a TypeError unless it is a dictionary
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(f"{path} cannot be read as a table of latencies ({reason(error)}): it needs layers") from error
     found = sha256(content)

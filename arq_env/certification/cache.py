@@ -1,23 +1,24 @@
 """What incremental certification remembers of the original network: per image its class, its counts, its predictions."""
 
 import functools
+import math
 import os
 import tempfile
+import tokenize
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from arq_env.certification.chunks import checked_run, no_progress, run_in_chunks
 from arq_env.certification.digest import classifier_digest
-from arq_env.certification.inputs import checked_name, checked_path
+from arq_env.certification.inputs import checked_name
 from arq_env.certification.sampling import BLOCK, ESTIMATION
-from arq_env.support.errors import ArqError
-from arq_env.support.files import atomic_file, sha256
+from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import atomic_file, checked_path, sha256
 
 #: Most predictions of a cache, of a byte each where there are at most 256 classes.
 MOST_PREDICTIONS = 10**10
@@ -82,19 +83,54 @@ class PredictionCache:
 
         :raises ArqError: when it is missing or not such a file
         """
+        path = checked_path("path", path)
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-                fields = {name: stored[name] for name in cls.__dataclass_fields__}
+            with open(path, "rb") as file:
+                fields: dict[str, Any] = dict(_stored(file, cls.__dataclass_fields__))
+            kinds = {name: array.dtype.kind + str(array.ndim) for name, array in fields.items()}
+            if kinds.pop("predictions") != "u2" or kinds != _KINDS:
+                raise ValueError("its arrays are of other kinds")
             fields["digests"] = fields["digests"].tolist()
             cache = cls(**{name: value.item() if getattr(value, "ndim", 1) == 0 else value for name, value in fields.items()})
             images, n = cache.predictions.shape
-            if not cache.classes.shape == cache.counts.shape == (images,) or len(cache.digests) != images or n == 0:
+            if not cache.classes.shape == cache.counts.shape == (images,) or len(cache.digests) != images or images * n == 0:
                 raise ValueError("its arrays do not belong together")
+            if not (0 < cache.sigma < np.inf and cache.seed >= 0 and cache.n0 >= 1 and (cache.classes >= 0).all()):
+                raise ValueError("its sigma, seed, n0 or classes are out of range")
             if not (cache.counts == (cache.predictions == cache.classes[:, None]).sum(1)).all():
                 raise ValueError("its counts are not those of its predictions")
             return cache
-        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ArqError(f"{path} is not a prediction cache ({error}): make it again with cache_predictions") from error
+        except (*_DAMAGED, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ArqError(f"{path} is not a prediction cache ({reason(error)}): make it again with cache_predictions") from error
+
+
+#: Kind and number of dimensions of the arrays in a file, but for the predictions'.
+_KINDS = {"classes": "i1", "counts": "i1", "digests": "U1", "sigma": "f0", "seed": "i0", "n0": "i0", "network": "U0"}
+
+
+#: What Python raises, beside what is usual, where a file of arrays is none.
+_DAMAGED = (EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
+
+
+def _stored(file: BinaryIO, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The named arrays of an uncompressed ``.npz`` file; nothing is allocated that the file's size does not pay for.
+
+    :raises ValueError: for another kind of file, and where an array says that it is larger than its part of the file
+    """
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        for name in names:
+            part = archive.getinfo(f"{name}.npy")
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size > size:
+                raise ValueError(f"its {name} are compressed, or larger than the file")
+            with archive.open(part) as content:
+                if np.lib.format.read_magic(content) != (1, 0):
+                    raise ValueError(f"its {name} are of another version")
+                shape, _, kind = np.lib.format.read_array_header_1_0(content)
+                if kind.hasobject or min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > part.file_size:
+                    raise ValueError(f"its {name} are not what they say")
+            with archive.open(part) as content:
+                yield name, np.lib.format.read_array(content, allow_pickle=False)
 
 
 def cache_predictions(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arq_env.certification.inputs import checked_path
 from arq_env.support.errors import ArqError
-from arq_env.support.files import atomic_file, write_json
+from arq_env.support.files import atomic_file, checked_path, write_json
 
 ABSTAINED = -1
 _COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")

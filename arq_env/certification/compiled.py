@@ -6,8 +6,8 @@ import torch
 from torch._inductor import config as inductor
 
 from arq_env.certification.digest import network_digest
-from arq_env.certification.inputs import shown, whole
-from arq_env.support.errors import ArqError
+from arq_env.certification.inputs import whole
+from arq_env.support.errors import ArqError, shown
 
 
 class CompiledNetwork(torch.nn.Module):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Set
 import numpy as np
 import torch
 
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 #: Packages whose classes and functions are known by their names; of all others the code counts. This one's versions stand beside a
 #: digest wherever results are kept.
@@ -51,9 +51,12 @@ def network_digest(network: torch.nn.Module, name: str = "") -> str:
     what a forward pass leaves on a module counts.
 
     :param name: further text that tells networks apart
-    :raises ArqError: where an attribute cannot be read, such as a handle of another runtime, and there is no ``name``
+    :raises ArqError: where an attribute cannot be read, such as a handle of another runtime, and there is no ``name``; for what is
+        no module
     """
-    return hashlib.sha256(name.encode() + _Reader(name).digest(network)).hexdigest()
+    if not (isinstance(network, torch.nn.Module) and isinstance(name, str)):
+        raise ArqError(f"network and name are {shown(network)} and {shown(name)}: give a torch module and text")
+    return hashlib.sha256(name.encode(errors="surrogatepass") + _Reader(name).digest(network)).hexdigest()
 
 
 class _Reader:

@@ -5,15 +5,13 @@ import inspect
 import itertools
 import math
 import numbers
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 #: How far pixels may be outside of [0, 1]: that much is rounding, and is clipped.
 ROUNDING = 1e-6
@@ -23,15 +21,6 @@ LEAST_SIGMA, MOST_SIGMA = 1e-6, 1e6
 LEAST_ALPHA = 1e-30
 #: Most samples that select and that count a class, and the largest seed and label: more is a slip, and would hang.
 MOST_N0, MOST_N, MOST_SEED, MOST_LABEL = 10**6, 10**9, 2**63 - 1, 2**31 - 1
-
-
-def shown(value) -> str:
-    """A value as it can stand in an error message, in a few words."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # the value is someone else's, and so is what its repr raises
-        text = f"of type {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def first_line(error: Exception) -> str:
@@ -109,17 +98,6 @@ def function(name: str, value, *arguments: str, **named: str) -> Callable:
     if not fits:
         raise ArqError(f"{name} is {shown(value)}: give a function, to be called as {name}({', '.join((*arguments, *named))})")
     return value
-
-
-def checked_path(name: str, value) -> Path:
-    """The argument as a path.
-
-    :raises ArqError: for what no file can be called
-    """
-    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise ArqError(f"{name} is {shown(value)}: give the path of a file")
-    return Path(text)
 
 
 def checked_name(name) -> str:

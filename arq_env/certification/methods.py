@@ -6,11 +6,10 @@ Each is a class whose fields are its options. A new one is one more class, and o
 from dataclasses import MISSING, fields
 
 from arq_env.certification.counting import Cohen, Randomized
-from arq_env.certification.inputs import shown
 from arq_env.certification.method import Method
 from arq_env.certification.replaying import Incremental, Paired
 from arq_env.certification.sequential import Sequential
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Cohen, Randomized, Sequential, Incremental, Paired)}
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from arq_env.certification.bounds import clopper_pearson_lower, clopper_pearson_upper
 from arq_env.certification.cache import PredictionCache
-from arq_env.certification.inputs import real, shown
+from arq_env.certification.inputs import real
 from arq_env.certification.method import Bounded, Method, Request
 from arq_env.certification.sampling import ESTIMATION, FRESH, Sampler
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 from arq_env.support.files import sha256
 
 

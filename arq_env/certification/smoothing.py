@@ -18,13 +18,12 @@ from arq_env.certification.inputs import (
     checked_alpha,
     checked_labels,
     checked_name,
-    checked_path,
     checked_pixels,
     whole,
 )
 from arq_env.certification.method import Method, Request
 from arq_env.certification.methods import checked_method, refuse_options
-from arq_env.support.files import sha256
+from arq_env.support.files import checked_path, sha256
 
 
 def certify(

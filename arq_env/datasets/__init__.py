@@ -17,7 +17,7 @@ import os
 from arq_env.datasets import cifar10, signs
 from arq_env.datasets.own import REWARD_IMAGES, from_folder, from_function, from_npz
 from arq_env.datasets.parts import Dataset, Split
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 __all__ = ["Dataset", "REWARD_IMAGES", "Split", "known_shape", "load_dataset", "load_if_here"]
 
@@ -36,11 +36,13 @@ def load_dataset(
     :param reward_images: of a folder or file without a reward part: how many training images to keep out for it
     :raises ArqError: for an unknown name, data that cannot be had, and options that these data do not have
     """
+    if not (isinstance(data, str) and "\0" not in data):
+        raise ArqError(f"data is {shown(data)}: give the name of a data set, a folder, an .npz file or module:function")
     for name, value in (("image_size", image_size), ("reward_images", reward_images)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ArqError(f"{name} is {value!r}: give a whole number of at least 1")
+            raise ArqError(f"{name} is {shown(value)}: give a whole number of at least 1")
     if not isinstance(flip, bool | None):
-        raise ArqError(f"flip is {flip!r}: say with True or False whether a mirrored image keeps its class")
+        raise ArqError(f"flip is {shown(flip)}: say with True or False whether a mirrored image keeps its class")
     options = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
     if data == "imagenet" and (folder := os.environ.get("ARQ_IMAGENET")):
         data = folder
@@ -64,7 +66,7 @@ def load_dataset(
 
 def known_shape(data: str) -> tuple[int, int, int] | None:
     """The shape [c, h, w] of the images of CIFAR-10 and Signs, without loading them; None for other data."""
-    return _SOURCES[data][0].SHAPE if data in _SOURCES else None
+    return _SOURCES[data][0].SHAPE if isinstance(data, str) and data in _SOURCES else None
 
 
 def _shipped(name: str) -> Dataset:

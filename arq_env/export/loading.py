@@ -12,7 +12,7 @@ from arq_env.networks.checkpoints import build_network, card_path, channels_last
 from arq_env.quantization.convert import copy_network
 from arq_env.quantization.files import load_quantized
 from arq_env.support.errors import ArqError, reason
-from arq_env.support.files import read_json
+from arq_env.support.files import checked_path, read_json
 from arq_env.support.imports import call_imported
 
 #: The largest ONNX file, in bytes: the format itself has no larger ones.
@@ -25,9 +25,9 @@ def load_with_card(path: Path, base: nn.Module | None = None) -> tuple[Callable,
     :param path, base: as for :func:`arq_env.load`
     :raises ArqError: as for :func:`arq_env.load`
     """
-    path = Path(path)
-    path = path / "network.safetensors" if path.is_dir() else path
+    path = checked_path("path", path)
     try:
+        path = path / "network.safetensors" if path.is_dir() else path
         size = path.stat().st_size
         if path.suffix == ".onnx":
             from arq_env.export.runtime import OnnxClassifier

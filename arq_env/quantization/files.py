@@ -18,6 +18,7 @@ from arq_env.quantization.integer import weight_codes
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.quantization.quantizers import weight_range
 from arq_env.support.errors import ArqError, reason
+from arq_env.support.files import checked_path
 
 #: Largest distance of a weight from its level, as a share of its channel's largest: some roundings of float32.
 ROUNDING = 1e-6
@@ -81,7 +82,7 @@ def load_quantized(path: Path, base: nn.Module | None = None) -> tuple[nn.Module
     :raises ArqError: when a file is missing, damaged or not such a network; naming the layer, when its bits are none that a map may
         have, its weights are not on so many levels, or its step is not a positive number
     """
-    path = Path(path)
+    path = checked_path("path", path)
     try:
         state, card = read_weights(path)
         if base is None:

@@ -9,7 +9,7 @@ from torch import nn
 from arq_env.kinds import Conv2d
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.quantization.quantizers import weight_range
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 
 def integer_network(network: nn.Module) -> nn.Module:
@@ -22,6 +22,8 @@ def integer_network(network: nn.Module) -> nn.Module:
     :raises ArqError: when the CPU is not one, the network is elsewhere or has no quantized layer, and, naming it, for a layer
         whose padding the kernels do not know
     """
+    if not isinstance(network, nn.Module):
+        raise ArqError(f"network is {shown(network)}: give a torch module")
     if not integer_kernels():
         raise ArqError("integer kernels need an x86 CPU with VNNI, and a torch that sees it: use the network as it is")
     converted = copy.deepcopy(network)

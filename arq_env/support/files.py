@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from arq_env.support.errors import ArqError
+from arq_env.support.errors import ArqError, shown
 
 try:
     import fcntl
@@ -21,6 +21,17 @@ except ImportError:  # Windows, where two processes in one folder go unnoticed
 
 #: A partial file older than this was left by a killed process, in seconds.
 STALE = 3_600
+
+
+def checked_path(name: str, value) -> Path:
+    """The argument as a path.
+
+    :raises ArqError: for what no file can be called
+    """
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ArqError(f"{name} is {shown(value)}: give the path of a file")
+    return Path(text)
 
 
 @contextlib.contextmanager

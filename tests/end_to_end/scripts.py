@@ -33,6 +33,11 @@ def kill(name, *arguments, when):
     process.wait()
 
 
+def interruptible():
+    """As ``preexec_fn``: Ctrl-C ends the script also where a shell has started the tests in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def lines(path):
     """The lines of a file that may not be there yet."""
     return path.read_text().splitlines() if path.exists() else []

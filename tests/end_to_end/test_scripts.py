@@ -16,7 +16,7 @@ from arq_env import ArqError
 from arq_env.certification import Certificates
 from arq_env.problem import load_mapped
 from arq_env.rewards import settings_of
-from tests.end_to_end.scripts import ROOT, assert_one_line_error, path_of, script
+from tests.end_to_end.scripts import ROOT, assert_one_line_error, interruptible, path_of, script
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("**/*.py"))])
@@ -48,7 +48,7 @@ print(sorted({{"torch", "scipy", "stable_baselines3", "matplotlib", "tensorboard
 def test_ctrl_c_while_a_script_starts(tmp_path, name, arguments, seconds):
     """One line and exit code 130, from a script's first line on: Python itself needs some hundredths of a second before."""
     command = [sys.executable, str(path_of(name)), *arguments, "--output", tmp_path / "run"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
