@@ -63,6 +63,7 @@ def test_the_reward_is_relative_to_uniform_bits():
     check_env(env, skip_render_check=True)
 
 
+@pytest.mark.slow
 def test_one_agent_answers_for_every_budget(tmp_path):
     agent = run(tmp_path / "a")
     trace = read_trace(tmp_path / "a" / "trace.jsonl")
@@ -82,6 +83,7 @@ def test_one_agent_answers_for_every_budget(tmp_path):
             assert (mine == theirs).all()
 
 
+@pytest.mark.slow
 def test_it_can_learn_from_the_integer_program_s_maps_at_many_budgets(tmp_path, monkeypatch):
     monkeypatch.setattr("arq_agents.any_budget.DEMONSTRATED", 3)
     agent = run(tmp_path, 12, "td3+features+demonstrations")
@@ -156,6 +158,7 @@ def test_an_agent_that_sees_its_layers_one_by_one(tmp_path):
         load_agent(tmp_path, ArqEnv(toy_problem(network=problem.network.eval()), budget=HIGH))
 
 
+@pytest.mark.slow
 def test_budgets_that_are_nearly_the_same_have_folders_of_their_own(tmp_path):
     agent = run(tmp_path, episodes=2)
     export_budgets(agent, make_toy_env(), "td3", [0.0300001, 0.03, 0.030000000000000002], tmp_path)

@@ -129,6 +129,7 @@ class Held:
         return os.getpid(), Held.unpickled, torch.get_num_threads(), number
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing():
     """Certificates, evaluations of many maps and of one in parts; a function goes to each worker once."""
     maps = [uniform(make_toy_env().layers, bits, 4) for bits in (2, 3, 4)]

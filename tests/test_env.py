@@ -118,6 +118,7 @@ def test_zero_is_an_even_share():
     assert info["bit_widths"]["middle"] == info["bit_widths"]["deep"] == (5, 5)
 
 
+@pytest.mark.slow
 def test_reward_orders_networks():
     """On the shipped network, 8 bits are as good as FP32 and 2 bits clearly worse."""
     env = gymnasium.make("ARQ-ResNet20-Signs-v0", images=128).unwrapped

@@ -30,16 +30,16 @@ def rewards(images: int, count: int = 3) -> list:
     return [evaluator.reference.acr, *(evaluator.evaluate(bit_widths).acr for bit_widths in maps)]
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_threads_and_integer_kernels_change_no_bit(monkeypatch, count):
+@pytest.mark.slow
+def test_threads_and_integer_kernels_change_no_bit(monkeypatch):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = rewards(64, count)
+        one = rewards(64)
         torch.set_num_threads(2)
-        two = rewards(64, count)
+        two = rewards(64)
         monkeypatch.setattr(integer, "integer_kernels", lambda: False)
-        floats = rewards(64, count)
+        floats = rewards(64)
     finally:
         torch.set_num_threads(threads)
     assert one == two == floats

@@ -69,6 +69,7 @@ def _search_that_ended(name, env, **given):
     return best
 
 
+@pytest.mark.slow
 def test_without_a_plotting_library_the_result_stands(options, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
     command.main(options)

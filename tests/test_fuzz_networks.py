@@ -131,6 +131,7 @@ def run(examples: int) -> None:
     patient(given(st.lists(BLOCK, min_size=1, max_size=4))(right_or_refused))()
 
 
+@pytest.mark.slow
 def test_random_networks_are_right_or_refused():
     run(30)
 

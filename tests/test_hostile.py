@@ -145,7 +145,7 @@ ROWS = [*ODD, [[1, 2]], [["8/8", 1]], ["ab"], {"8/8": None}, {"8/8": 1, "9/9": 1
 def test_latency_tables(tmp_path, data):
     path, table = tmp_path / "times.json", data.draw(changes(TIMES))
     if isinstance(table.get("layers"), dict) and data.draw(st.booleans()):
-        table["layers"]["middle"] = data.draw(st.sampled_from(ROWS))
+        table = table | {"layers": table["layers"] | {"middle": data.draw(st.sampled_from(ROWS))}}
     path.write_bytes(data.draw(st.just(json.dumps(table).encode()) | damaged(json.dumps(TIMES).encode())))
     milliseconds = data.draw(st.sampled_from([1.0, *ODD]))
     given = {"milliseconds": milliseconds, "table": str(path)}

@@ -314,6 +314,7 @@ def test_traces_edited_by_hand(tmp_path):
             read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_map_says_nonsense_is_exported_anew(tmp_path):
     env = make_toy_env()
     best, path = search_toy(tmp_path, "random", episodes=2, env=env), tmp_path / "bit_widths.json"

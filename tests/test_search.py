@@ -124,7 +124,7 @@ def test_tensorboard_needs_no_manual(tmp_path):
         assert step == 3 and value == pytest.approx(stated)
 
 
-@pytest.mark.parametrize("algorithm, episodes", [("td3", 24), ("random", 12)])
+@pytest.mark.parametrize("algorithm, episodes", [("td3", 24), pytest.param("random", 12, marks=pytest.mark.slow)])
 def test_tensorboard_counts_episodes_and_shows_what_is_there(tmp_path, algorithm, episodes):
     """Read back as TensorBoard does, after a search that was extended; every curve goes on, against episodes."""
     from tensorboard import data_compat
@@ -160,7 +160,7 @@ def test_tensorboard_counts_episodes_and_shows_what_is_there(tmp_path, algorithm
 FILES = {"tensorboard is a file": "tensorboard", "trace is a folder": "trace.jsonl", "card is a folder": "bit_widths.json"}
 
 
-@pytest.mark.parametrize("algorithm", ["td3", "random"])
+@pytest.mark.parametrize("algorithm", [pytest.param("td3", marks=pytest.mark.slow), "random"])
 @pytest.mark.parametrize("name", FILES.values(), ids=FILES)
 def test_files_that_cannot_be_written_are_one_line(tmp_path, algorithm, name):
     search_toy(tmp_path, algorithm, 2)
@@ -175,7 +175,15 @@ def test_files_that_cannot_be_written_are_one_line(tmp_path, algorithm, name):
     assert len(outcome(tmp_path)) in (0, 2, 3) and search_toy(tmp_path, algorithm, 3)
 
 
-@pytest.mark.parametrize("algorithm, size", [("td3", 100), ("td3", 20_000), ("random", 2_000), ("random", 5_000)])
+@pytest.mark.parametrize(
+    "algorithm, size",
+    [
+        pytest.param("td3", 100, marks=pytest.mark.slow),
+        ("td3", 20_000),
+        ("random", 2_000),
+        pytest.param("random", 5_000, marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_is_one_line_and_loses_no_episode(tmp_path, algorithm, size, capfd):
     """No file may grow beyond some bytes: TensorBoard's, or the trace. Then there is room again."""
     search_toy(tmp_path / "whole", algorithm, 5)

@@ -54,7 +54,7 @@ def test_the_searches_own_hyperparameters_are_those():
         assert (mine == other).all()
 
 
-@pytest.mark.parametrize("algorithm", ["td3", "sac"])
+@pytest.mark.parametrize("algorithm", ["td3", pytest.param("sac", marks=pytest.mark.slow)])
 def test_n_steps_is_the_n_step_buffer_with_the_algorithm_s_gamma(algorithm):
     """So that a sweep's gamma has an effect, and SB3's argument changes nothing: equal parameters after 54 episodes."""
     model = learn(algorithm, 54)

@@ -79,6 +79,7 @@ def test_mistakes_are_one_line(called, tmp_path, arguments, parts):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_no_space_for_the_data(tmp_path):
     """A cache folder that cannot be made stands for a full disk: both are the same OSError to the code."""
     blocked = tmp_path / "file"
