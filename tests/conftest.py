@@ -27,18 +27,26 @@ def problem():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def known_steps():
-    """Steps of the same activations are fitted once: most of the time of the hundreds of searches on the toy network."""
+def done_once():
+    """Steps of the same activations are fitted, and pictures of a search drawn, once: most of the time of a toy's search."""
+    from arq_agents import recorder
     from arq_env.quantization import convert
 
-    fit, known = convert.activation_levels, {}
+    def once(function, key):
+        known = {}
 
-    def remembered(samples, bits, weights=None):
-        content = [None if tensor is None else tensor.detach().cpu().numpy().tobytes() for tensor in (samples, weights)]
-        if (key := (*content, bits)) not in known:
-            known[key] = fit(samples, bits, weights)
-        return known[key]
+        def remembered(*arguments):
+            if (at := key(*arguments)) not in known:
+                known[at] = function(*arguments)
+            return known[at]
+
+        return remembered
+
+    def content(samples, bits, weights=None):
+        return bits, *(None if tensor is None else tensor.detach().cpu().numpy().tobytes() for tensor in (samples, weights))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "activation_levels", remembered)
+        patch.setattr(convert, "activation_levels", once(convert.activation_levels, content))
+        patch.setattr(recorder, "render_rgb", once(recorder.render_rgb, lambda layers, *_: layers))
+        patch.setattr(recorder, "render_pareto", once(recorder.render_pareto, lambda *_: None))
         yield

@@ -143,6 +143,7 @@ def test_a_damaged_agent_is_an_error(tmp_path, content):
         load_agent(tmp_path, make_toy_env())
 
 
+@pytest.mark.slow
 def test_an_agent_of_one_budget_is_none_for_all(tmp_path):
     search_toy(tmp_path, "td3", 2)
     with pytest.raises(ArqError, match="holds no agent for all budgets"):

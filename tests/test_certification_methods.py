@@ -250,6 +250,7 @@ def test_another_cache_is_refused(images, cache):
         certify(halfspace, images * 0.5, np.zeros(37), method=Paired(cache), **SETTINGS)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_n():
     image = np.full((1, 3, 32, 32), 0.5, np.float32)
 

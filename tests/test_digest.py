@@ -179,6 +179,7 @@ def test_quantized_layers_that_differ_in_what_no_weight_shows(toy_env):
     assert network_digest(network) == before
 
 
+@pytest.mark.slow
 def test_one_network_has_one_digest():
     """In any layout, after use, saved and loaded, holding itself, and in a process that hashes otherwise and has more threads."""
     network = nn.Sequential(nn.Conv2d(3, 3, 3), Plain(act=closed_over(1), names={"b", "a"}, lock=threading.Lock())).eval()

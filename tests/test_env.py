@@ -47,7 +47,7 @@ def play(env, action=None, seed=0):
 
 
 @pytest.mark.parametrize("name", IDS)
-@pytest.mark.parametrize("render_mode", ["ansi", "rgb_array"])
+@pytest.mark.parametrize("render_mode", ["ansi", pytest.param("rgb_array", marks=pytest.mark.slow)])
 def test_checkers_find_nothing(name, render_mode):
     env = gymnasium.make(name, render_mode=render_mode, **arguments_of(name)).unwrapped
     gymnasium_check_env(env)

@@ -51,6 +51,7 @@ def test_features_are_those_of_the_layer_at_hand():
     check_env(env, skip_render_check=True)
 
 
+@pytest.mark.slow
 def test_defaults_can_be_taken_away(tmp_path):
     search_toy(tmp_path / "as it is", "td3", 3)
     search_toy(tmp_path / "changed", "td3+onestep+onegradient+steadynoise", 3)
@@ -157,7 +158,7 @@ def test_exchange_tries_what_seems_to_cost_least_first():
     [
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("td3+onehot", "td3+features", "sac+demonstrations")),
         pytest.param("sac+incremental", marks=pytest.mark.slow),
-        "ddpg+features+demonstrations+exchange",
+        pytest.param("ddpg+features+demonstrations+exchange", marks=pytest.mark.slow),
         "random+exchange",
     ],
 )

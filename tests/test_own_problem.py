@@ -75,6 +75,7 @@ def test_large_images_are_taken_in_smaller_numbers():
     assert [batch_size(3 * edge * edge, 128) for edge in (32, 104, 224, 2_000)] == [128, 128, 27, 1]
 
 
+@pytest.mark.slow
 def test_vector_environments_of_processes():
     env = make_vec_env(f"arq_env:{NAME}", 2, env_kwargs=arguments_of(NAME), vec_env_cls=SubprocVecEnv)
     env.reset()

@@ -74,6 +74,7 @@ def test_the_exported_map_is_chosen_on_other_images(tmp_path):
     assert (everything.settings.part, everything.settings.images) == ("train", 128)
 
 
+@pytest.mark.slow
 def test_where_fine_tuning_is_foretold_the_best_maps_are_fine_tuned(tmp_path):
     env = make_toy_env(regained_bits=1)
     search_toy(tmp_path, "random", episodes=7, env=env, confirming_steps=2)
