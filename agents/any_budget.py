@@ -12,7 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from arq_env.bitwidths import Bits, BitWidthMap, uniform
-from arq_env.budget import WIDTHS, OneBudget
+from arq_env.budget import OneBudget
 from arq_env.env import arq_env_of, budget_option
 from arq_env.search_space import SearchSpace
 from arq_env.support.errors import ArqError
@@ -74,8 +74,8 @@ class DrawnBudget(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarr
         Costs are in the budget's own measure; where activations cost nothing it is W2A8, W3A8 and so on.
         """
         space, costs, rewards = self._space, [], []
-        for bits in WIDTHS:
-            bit_widths = uniform(space.layers, *self._budget.level(bits), space.end_bits)
+        for bits in space.widths:
+            bit_widths = uniform(space.layers, *self._budget.level(bits))
             costs.append(float(np.log(self._budget.amount(bit_widths))))
             rewards.append(space.judge(bit_widths)["reward"])
             if np.exp(costs[-1]) > self.high:
@@ -172,7 +172,7 @@ def read_agent_config(run: Path) -> dict:
 
 def learned_on(run: Path) -> dict:
     """What an agent for all budgets learned on: ``env, sigma, training, regained_bits``, as a command line gives them, and
-    ``problem``, the arguments of a network of one's own.
+    ``problem``, the arguments of a network of one's own, ``fix`` and ``bits``.
 
     :return: without what the folder does not say, such as the training in one that no script made
     :raises ArqError: as :func:`read_agent_config`
@@ -182,8 +182,9 @@ def learned_on(run: Path) -> dict:
     found = {name: config.get(name) for name in ("env", "sigma", "training")}
     found["regained_bits"] = certifier.get("regained_bits") if isinstance(certifier, dict) else None
     problem = made_with.get("problem") if isinstance(made_with, dict) else None
-    if isinstance(problem, dict):
-        found["problem"] = {name: value for name, value in problem.items() if name != "digests"}
+    own = {name: value for name, value in problem.items() if name != "digests"} if isinstance(problem, dict) else {}
+    own |= {name: config[name] for name in ("fix", "bits") if config.get(name) is not None}
+    found["problem"] = own or None
     kinds = {"problem": dict, "env": str, "sigma": int | float, "training": str, "regained_bits": int}
     return {name: value for name, value in found.items() if isinstance(value, kinds[name]) and not isinstance(value, bool)}
 

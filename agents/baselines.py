@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, uniform
-from arq_env.budget import WIDTHS, Budget
+from arq_env.bitwidths import MIN_BITS, Bits, BitWidthMap, uniform
+from arq_env.budget import Budget
 from arq_env.search_space import SearchSpace
 from arq_env.sensitivity import Place, Sensitivities
 from arq_env.support.errors import ArqError
@@ -28,7 +28,7 @@ ACTIVATION_WEIGHTS = (1.0, 0.5, 2.0, 0.25, 4.0, 0.7, 1.4, 0.35, 2.8, 0.125, 8.0)
 
 def uniform_bits(space: SearchSpace, rng: np.random.Generator | None = None) -> Proposals:
     """The same bits in every free layer: each pair that no other affordable pair exceeds, dearest first."""
-    maps = {pair: uniform(space.layers, *pair, space.end_bits) for pair in product(WIDTHS, WIDTHS)}
+    maps = {pair: uniform(space.layers, *pair) for pair in product(space.widths, repeat=2)}
     pairs = [pair for pair, bit_widths in maps.items() if space.default_budget.within(bit_widths)]
     best = [p for p in pairs if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in pairs)]
     for pair in sorted(best, key=lambda pair: (-pair[0] * pair[1], pair)):
@@ -42,15 +42,15 @@ def random(space: SearchSpace, rng: np.random.Generator) -> Proposals:
 
 
 def greedy(space: SearchSpace, rng: np.random.Generator | None = None) -> Proposals:
-    """From 8 bits down: always take the bit whose loss costs least sensitivity for what it saves, until the map fits.
+    """From the most bits down: always take the bit whose loss costs least sensitivity for what it saves, until the map fits.
 
     Where a single bit saves nothing, as in a table of latencies, as many are taken as do.
     """
-    sensitivities, budget = space.sensitivities, space.default_budget
-    bits = dict.fromkeys(sensitivities, MAX_BITS)
+    sensitivities, budget, most = space.sensitivities, space.default_budget, space.widths[-1]
+    bits = dict.fromkeys(sensitivities, most)
 
     def as_map(bits: dict[Place, int]) -> BitWidthMap:
-        pairs = {a.name: Bits(bits[a.name, "weight"], bits.get((a.name, "activation"), MAX_BITS)) for a in space.free_layers}
+        pairs = {a.name: Bits(bits[a.name, "weight"], bits.get((a.name, "activation"), most)) for a in space.free_layers}
         return space.complete(pairs)
 
     while (excess := budget.excess(as_map(bits))) > 0:
@@ -58,12 +58,13 @@ def greedy(space: SearchSpace, rng: np.random.Generator | None = None) -> Propos
         def cheaper(place: Place, excess: float = excess) -> tuple[float, float, int]:
             """What the next bits that save something cost for what they save; and where none do, what the next bit costs."""
             lost = [effect - sensitivities[place][bits[place] - MIN_BITS] for effect in sensitivities[place]]
-            for lower in range(bits[place] - 1, MIN_BITS - 1, -1):
+            fewer = [width for width in reversed(space.widths) if width < bits[place]]
+            for lower in fewer:
                 if (saved := excess - budget.excess(as_map(bits | {place: lower}))) > 0:
                     return lost[lower - MIN_BITS] / saved, 0.0, lower
-            return math.inf, lost[bits[place] - 1 - MIN_BITS], bits[place] - 1
+            return math.inf, lost[fewer[0] - MIN_BITS], fewer[0]
 
-        steps = {place: cheaper(place) for place in bits if bits[place] > MIN_BITS}
+        steps = {place: cheaper(place) for place in bits if bits[place] > space.widths[0]}
         cheapest = min(steps, key=lambda place: steps[place][:2])
         bits[cheapest] = steps[cheapest][2]
     yield as_map(bits)
@@ -88,34 +89,40 @@ def least_sensitive(
 
     :param budget: the environment's own, if none is given
     """
-    free, pairs = space.free_layers, list(product(WIDTHS, WIDTHS))
+    free, widths, fixed = space.free_layers, space.widths, space.complete({})
+    pairs, picked = list(product(widths, repeat=2)), np.array(widths) - MIN_BITS
     rows = {layer.name: row for row, layer in enumerate(free)}
     losses = np.zeros((len(free), len(pairs)))
     for row, layer in enumerate(free):
         weights = sensitivities[layer.name, "weight"]
-        activations = sensitivities.get((layer.name, "activation"), [0.0] * len(WIDTHS))
+        activations = sensitivities.get((layer.name, "activation"), [0.0] * len(sensitivities[layer.name, "weight"]))
         losses[row] = [weights[w - MIN_BITS] + activation_weight * activations[a - MIN_BITS] for w, a in pairs]
     constraints = [LinearConstraint(np.kron(np.eye(len(free)), np.ones(len(pairs))), 1, 1)]
     for part in (budget or space.default_budget).parts:
-        costs, limit = np.stack([part.costs[layer.name].ravel() for layer in free]), part.limit - part.constant
+        costs, limit = (
+            np.stack([part.costs[layer.name][np.ix_(picked, picked)].ravel() for layer in free]),
+            part.limit - part.constant,
+        )
         for layer in space.layers:
-            ends = part.costs[layer.name][space.end_bits - MIN_BITS]
-            if layer.tied_to in rows and layer.name not in rows:  # an end whose activation bits a free layer decides
-                costs[rows[layer.tied_to]] += np.tile(ends, len(WIDTHS))
-            elif layer.name not in rows:
-                limit -= int(ends[space.end_bits - MIN_BITS])
+            if layer.name in rows:
+                continue
+            weight, activation = fixed[layer.name]
+            if layer.tied_to in rows:  # a free layer decides its activation bits
+                costs[rows[layer.tied_to]] += np.tile(part.costs[layer.name][weight - MIN_BITS][picked], len(widths))
+            else:
+                limit -= int(part.costs[layer.name][weight - MIN_BITS][activation - MIN_BITS])
         # HiGHS works with absolute tolerances: whole units of the largest common cost, and half a unit to spare
         unit = max(int(np.gcd.reduce(costs.ravel())), 1)
         constraints.append(LinearConstraint(costs.reshape(1, -1) / unit, ub=limit // unit + 0.5))
     for layer in free:
         if layer.tied_to is not None:
-            equal = np.zeros((len(WIDTHS), *losses.shape))
+            equal = np.zeros((len(widths), *losses.shape))
             for column, (_, a) in enumerate(pairs):
-                equal[a - MIN_BITS, rows[layer.name], column] = 1
+                equal[widths.index(a), rows[layer.name], column] = 1
                 if layer.tied_to in rows:
-                    equal[a - MIN_BITS, rows[layer.tied_to], column] = -1
-            fixed = 0.0 if layer.tied_to in rows else np.eye(len(WIDTHS))[space.end_bits - MIN_BITS]
-            constraints.append(LinearConstraint(equal.reshape(len(WIDTHS), -1), fixed, fixed))
+                    equal[widths.index(a), rows[layer.tied_to], column] = -1
+            shared = 0.0 if layer.tied_to in rows else np.equal(widths, fixed[layer.tied_to].activation)
+            constraints.append(LinearConstraint(equal.reshape(len(widths), -1), shared, shared))
     scaled = (losses / max(losses.max(), 1e-12)).ravel()
     solved = milp(scaled, integrality=np.ones(losses.size), bounds=Bounds(0, 1), constraints=constraints)
     if solved.x is None:

@@ -129,7 +129,8 @@ _numbers.__name__ = "list of numbers"
 
 #: Options of :func:`add_problem`, which are arguments of ``gym.make`` where they are given.
 OWN = ("network", "checkpoint", "data", "normalize", "keep", "network_arguments", "image_size", "flip", "reward_images")
-COUNTS = ("images", "calibration_images")
+#: Options of :func:`add_environment`, likewise.
+IF_GIVEN = ("images", "calibration_images", "fix", "bits")
 
 
 def add_problem(parser: argparse.ArgumentParser, *, trained: bool = True) -> None:
@@ -168,6 +169,24 @@ def add_problem(parser: argparse.ArgumentParser, *, trained: bool = True) -> Non
     )
 
 
+def _fixed(text: str) -> tuple[str, str]:
+    """``head.*=4/8`` as a name and bits, which :func:`arq_env.bitwidths.restrict` checks."""
+    name, equals, bits = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} fixes nothing: give NAME=WEIGHT/ACTIVATION, such as first=8/8")
+    return name, bits
+
+
+class _Fix(argparse.Action):
+    """Makes what is fixed a dictionary; two bits for one name are a mistake."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        fixed = dict(values)
+        if len(fixed) < len(values):
+            raise argparse.ArgumentError(self, "names a layer twice: name it once")
+        setattr(namespace, self.dest, fixed)
+
+
 def own_arguments(options: argparse.Namespace) -> dict:
     """What was given of :func:`add_problem`'s options, as keyword arguments of :func:`arq_env.problem.load_problem`."""
     given = {name: getattr(options, name) for name in OWN if getattr(options, name, None) is not None}
@@ -177,10 +196,14 @@ def own_arguments(options: argparse.Namespace) -> dict:
 
 
 def label(options: argparse.Namespace) -> str:
-    """A network of one's own and its data, as a part of a folder's name; nothing for what an id says."""
+    """A network of one's own, its data and what is not chosen, as a part of a folder's name; nothing for what an id says."""
     given = own_arguments(options)
-    parts = [given[name].rpartition(":")[2] for name in ("network", "data") if name in given]
-    return "".join(f"-{re.sub('[^a-zA-Z0-9_.-]+', '-', os.path.basename(os.path.normpath(part)))}" for part in parts)
+    parts = [os.path.basename(os.path.normpath(given[name].rpartition(":")[2])) for name in ("network", "data") if name in given]
+    if (fix := getattr(options, "fix", None)) is not None:
+        parts.append("fix-" + ("-".join(f"{name}-{bits}" for name, bits in fix.items())[:80] or "none"))
+    if (bits := getattr(options, "bits", None)) is not None:
+        parts.append(f"bits-{'-'.join(map(str, bits))}")
+    return "".join(f"-{re.sub('[^a-zA-Z0-9_.-]+', '-', part)}" for part in parts)
 
 
 def add_environment(
@@ -211,6 +234,18 @@ def add_environment(
             metavar="LIMIT",
             help="bit operations, as a fraction of FP32's; or several of bops=0.01 bytes=120000 latency=3.5:milliseconds.json",
         )
+    parser.add_argument(
+        "--fix",
+        nargs="*",
+        type=_fixed,
+        action=_Fix,
+        metavar="NAME=W/A",
+        help="layers (first, last, or by name, * for any part) whose weight and activation bits are not chosen, and these "
+        "(default: first=8/8 last=8/8; alone: none)",
+    )
+    parser.add_argument(
+        "--bits", nargs="+", type=int, metavar="BITS", help="bit-widths that there are, such as 2 4 8 (default: 2 to 8)"
+    )
     parser.add_argument(
         "--sigma",
         type=float,

@@ -57,7 +57,10 @@ def recall(evaluator: Evaluator, store: Path) -> None:
 
 def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
     """Read the sensitivities from ``store``, or measure them and leave them there."""
-    identity = sha256(json.dumps(evaluation_identity(evaluator), sort_keys=True).encode())
+    known = evaluation_identity(evaluator)
+    if (fix := evaluator.problem.fix) is not None:
+        known |= {"fix": dict(fix)}  # other layers have sensitivities
+    identity = sha256(json.dumps(known, sort_keys=True).encode())
     path = store / f"sensitivities-{identity[:12]}.json"
     if path.exists():
         rows = json.loads(path.read_text())

@@ -21,7 +21,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap
 from arq_env.evaluation import CertifierSettings
 from arq_env.observation import scale_columns
 from arq_env.rewards import CACHE_FACTOR
@@ -78,7 +78,7 @@ class HaqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Choose the next layer's weight bits, then its activation bits; the last step enforces the budget and certifies."""
         # 1. an action is the bits themselves, first of the weights, then of the activations
-        self._bits.append(absolute_bits((float(np.clip(action, -1, 1)[0]) + 1) / 2))
+        self._bits.append(absolute_bits((float(np.clip(action, -1, 1)[0]) + 1) / 2, self.base.widths))
         if len(self._bits) < self.horizon:
             return self._observe(), 0.0, False, False, {}
         # 2. what all layers chose is cut until it fits the budget
@@ -110,13 +110,16 @@ def cached_samples(settings: CertifierSettings) -> int:
     return own.images * (own.n0 + CACHE_FACTOR * own.n)
 
 
-def absolute_bits(action: float) -> int:
-    """HAQ's rounding of an action in [0, 1], clipped, since it can leave the range by one."""
-    return int(np.clip(round(action * (MAX_BITS - MIN_BITS + 1) + MIN_BITS - 0.5), MIN_BITS, MAX_BITS))
+def absolute_bits(action: float, widths: tuple[int, ...]) -> int:
+    """HAQ's rounding of an action in [0, 1] to one of the bit-widths there are, clipped, since it can leave the range by one."""
+    place = round(action * len(widths) + widths[0] - 0.5) - widths[0]
+    return widths[min(max(place, 0), len(widths) - 1)]
 
 
 def cut_to_budget(chosen: BitWidthMap, space: SearchSpace) -> BitWidthMap:
     """Sweep from the last layer to the first, taking an activation bit and then a weight bit from each, until the map fits.
+
+    With fewer bit-widths than all of 2 to 8 the next of them is taken.
 
     Bits that the budget does not charge for stay.
     """
@@ -127,7 +130,8 @@ def cut_to_budget(chosen: BitWidthMap, space: SearchSpace) -> BitWidthMap:
                 if budget.within(bit_widths := space.complete(chosen)):
                     return bit_widths
                 bits = chosen[layer.name]
-                chosen[layer.name] = bits._replace(**{kind: max(getattr(bits, kind) - 1, MIN_BITS)})
+                fewer = max((width for width in space.widths if width < getattr(bits, kind)), default=space.widths[0])
+                chosen[layer.name] = bits._replace(**{kind: fewer})
 
 
 class EpisodeRewardBuffer(ReplayBuffer):

@@ -29,7 +29,7 @@ from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap
+from arq_env.bitwidths import MIN_BITS, Bits, BitWidthMap
 from arq_env.env import REWARD_SCALE, arq_env_of
 from arq_env.search_space import SearchSpace
 from arq_env.sensitivity import MEASURED, Place, places
@@ -142,6 +142,8 @@ def demonstrate(agent: OffPolicyAlgorithm, recorder: Recorder, maps: Iterable[tu
 def exchange(space: SearchSpace, known: dict[tuple[tuple[str, Bits], ...], float]) -> Proposals:
     """Neighbours of the best map so far: a bit less in one place, a bit more in another, or one of the two.
 
+    (Of the bit-widths there are, the next.)
+
     Of those within the budget and not met before, always the one whose sensitivities add up to least. Local search with the
     integer program's objective as its guide.
 
@@ -164,14 +166,14 @@ def _moved(space: SearchSpace, bit_widths: BitWidthMap, down: Place | None, up: 
 
     :param down, up: the places, or None
     """
-    chosen = {layer.name: bit_widths[layer.name] for layer in space.free_layers}
+    chosen, widths = {layer.name: bit_widths[layer.name] for layer in space.free_layers}, space.widths
     for place, change in ((down, -1), (up, 1)):
         if place is not None:
             name, kind = place
-            bits = getattr(chosen[name], kind) + change
-            if not MIN_BITS <= bits <= MAX_BITS:
+            index = widths.index(getattr(chosen[name], kind)) + change
+            if not 0 <= index < len(widths):
                 return None
-            chosen[name] = chosen[name]._replace(**{kind: bits})
+            chosen[name] = chosen[name]._replace(**{kind: widths[index]})
     return space.complete(chosen)
 
 

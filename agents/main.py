@@ -24,7 +24,7 @@ from arq_env.support.engines import Engine, engine
 from arq_env.support.files import write_json
 from arq_env.support.settings import TestSettings
 
-from .command_line import COUNTS, budget_name, label, own_arguments
+from .command_line import IF_GIVEN, budget_name, label, own_arguments
 from .search import search
 from .trace import Episode, read_trace
 
@@ -90,7 +90,7 @@ def make_env(options: argparse.Namespace) -> gymnasium.Env:
     """
     arguments = {name: getattr(options, name) for name in ("budget", "sigma", "training", "device", "regained_bits")}
     arguments |= own_arguments(options)
-    arguments |= {name: getattr(options, name) for name in COUNTS if getattr(options, name, None) is not None}
+    arguments |= {name: getattr(options, name) for name in IF_GIVEN if getattr(options, name, None) is not None}
     try:
         return gymnasium.make(options.env, disable_env_checker=True, **arguments)
     except TypeError as error:  # an environment that takes no budget
@@ -110,7 +110,7 @@ def engine_of(options: argparse.Namespace) -> contextlib.AbstractContextManager[
 
 def _certify(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
     """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
-    even = uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS, env.end_bits)
+    even = uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS)
     comparison = _compared(env, {f"W{UNIFORM_BITS}A{UNIFORM_BITS}": even, "found": best.bit_widths}, folder, options)
     print(comparison_table(comparison))
     write_json(folder / "certificates.json", comparison.document(env.evaluator))

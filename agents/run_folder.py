@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from arq_env.bitwidths import BitWidthMap, save_map
+from arq_env.bitwidths import END_BITS, BitWidthMap, save_map
 from arq_env.budget import BudgetSpec
 from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, Evaluator
@@ -71,7 +71,8 @@ def open_folder(folder: Path, algorithm: str, env: ArqEnv, episodes: int, seed: 
         "algorithm": algorithm,
         "seed": seed,
         "budget": env.default_budget.spec,
-        "end_bits": env.end_bits,
+        "fix": env.problem.fix,
+        "bits": env.problem.bits,
         "hyperparameters": settings,
         **evaluation_identity(env.evaluator),
     }
@@ -89,6 +90,9 @@ def open_folder(folder: Path, algorithm: str, env: ArqEnv, episodes: int, seed: 
         return []
     found = read_config(path)
     found.pop("provenance", None)
+    if found.get("end_bits") == END_BITS:  # what folders say that were made before there was a choice
+        del found["end_bits"]
+        found |= {"fix": None, "bits": None}
     differing = sorted(key for key in config.keys() | found.keys() if config.get(key) != found.get(key))
     if differing:
         raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map, uniform
+from arq_env.bitwidths import BitWidthMap, bops_fraction, is_choice, load_map, uniform
 from arq_env.budget import make_budget
 from arq_env.certification import Certificates, Cohen, certify, clopper_pearson_lower, smoothing_radius
 from arq_env.comparison import FP32, Comparison, TestSettings, summarize, table_path
@@ -104,7 +104,8 @@ def check_search(folder: Path, sample: Sample, engine: Engine) -> Iterator[Check
     except (KeyError, TypeError) as error:
         raise ArqError(f"{folder}/config.json has no certifier ({reason(error)}): restore the file") from error
     evaluator.engine = engine
-    here = json.loads(json.dumps(evaluation_identity(evaluator)))
+    choice = {name: getattr(problem, name) for name in ("fix", "bits") if name in config}  # older folders have none
+    here = json.loads(json.dumps(evaluation_identity(evaluator) | choice))
     made_with = (config.pop("versions", None), here.pop("versions"))
     yield _compared("what evaluations depend on", config, here)
     if made_with[0] != made_with[1]:
@@ -137,7 +138,7 @@ def _faults(trace: list[Episode], config: dict, evaluator: Evaluator) -> Iterato
     layers, reference = evaluator.problem.layers, evaluator.reference.acr
     known: dict[tuple, Episode] = {}
     try:  # an agent for every budget has one an episode, which no trace keeps
-        budget = None if "budgets" in config else make_budget(config["budget"], evaluator.problem, config["end_bits"])
+        budget = None if "budgets" in config else make_budget(config["budget"], evaluator.problem)
     except KeyError as error:
         raise ArqError(f"config.json has no {error}: restore the file") from error
     for number, episode in enumerate(trace, start=1):
@@ -152,6 +153,8 @@ def _faults(trace: list[Episode], config: dict, evaluator: Evaluator) -> Iterato
         yield from _differences(_told(episode, computed), computed, f"episode {number}: ")
         if budget is not None and not budget.within(episode.bit_widths):
             yield f"episode {number}: its map is over the budget of {budget}"
+        if {*episode.bit_widths} == {layer.name for layer in layers} and not is_choice(episode.bit_widths, layers):
+            yield f"episode {number}: its map has bits that are not there, or others than are fixed"
 
 
 def _exported(
@@ -193,7 +196,7 @@ def _check_comparison(folder: Path, exported: BitWidthMap, config: dict, evaluat
     try:
         settings, layers = TestSettings(**stated["settings"]), evaluator.problem.layers
         maps = {
-            f"W{UNIFORM_BITS}A{UNIFORM_BITS}": uniform(layers, UNIFORM_BITS, UNIFORM_BITS, config["end_bits"]),
+            f"W{UNIFORM_BITS}A{UNIFORM_BITS}": uniform(layers, UNIFORM_BITS, UNIFORM_BITS),
             "found": exported,
         }
     except (KeyError, TypeError) as error:

@@ -11,9 +11,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits, BitWidthMap, bops_fraction, complete, free_layers
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, bops_fraction, complete, fixed_layers, free_layers, widths_of
 from arq_env.budget import Budget, BudgetSpec, make_budget
-from arq_env.certification.inputs import whole
 from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.observation import FEATURES, observe, static_features
 from arq_env.problem import Problem, load_problem
@@ -36,10 +35,10 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     ## Description
     A network trained under Gaussian noise is quantized to mixed precision within a budget of bit operations (BOPs, the sum over
-    layers of MACs x weight bits x activation bits). An episode walks the layers from input to output; the first and the
-    last layer keep `end_bits` and are passed over. After the last step the network is quantized, BatchNorm's statistics are
-    estimated anew, and its radii under randomized smoothing are measured on images held out for the reward. A reconstruction of
-    the decision process of ARQ (arXiv 2410.24214) and of HAQ (arXiv 1811.08886), which it builds on.
+    layers of MACs x weight bits x activation bits). An episode walks the layers from input to output; those that are fixed, by
+    default the first and the last at 8 bits, are passed over. After the last step the network is quantized, BatchNorm's
+    statistics are estimated anew, and its radii under randomized smoothing are measured on images held out for the reward. A
+    reconstruction of the decision process of ARQ (arXiv 2410.24214) and of HAQ (arXiv 1811.08886), which it builds on.
 
     ## Observation Space
     `Box(0, 1, (15,), float32)`: features of the layer whose bits are next, those of a fixed size scaled over the layers.
@@ -59,12 +58,12 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     | 13, 14| previous weight and activation bits / 8 | errors of neighbouring layers add up                   |
 
     ## Action Space
-    `Box(-1, 1, (2,), float32)`: weight and activation bits of this layer, relative to what the rest of the budget
-    affords. 0 is an even share, the bits that all remaining layers could have alike; -1 and 1 are 1 bit fewer and
-    more. The result is rounded, clipped to 2..8, and lowered until all later layers can still have 2/2, so that every map
-    that leaves the environment is within its budget. Layers that read the same tensor share its activation bits: the first of
-    them decides, and the others choose weight bits only. Where bits of a kind cost nothing, as those of activations in bytes,
-    their even share is 8, so that actions take none or one of them off.
+    `Box(-1, 1, (2,), float32)`: weight and activation bits of this layer, relative to what the rest of the budget affords. 0 is
+    an even share, the bits that all remaining layers could have alike; -1 and 1 are 1 bit fewer and more, or the next of
+    `bits`, where not all of 2..8 are there. The result is rounded to one of them, and lowered until all later layers can still
+    have the fewest, so that every map that leaves the environment is within its budget. Layers that read the same tensor share
+    its activation bits: the first of them decides, and the others choose weight bits only. Where bits of a kind cost nothing,
+    as those of activations in bytes, their even share is 8 (the most there are), so that actions take none or one of them off.
 
     ## Rewards
     0 until the last step, then 10 (ACR / reference ACR - 1), with the FP32 network's ACR under the same
@@ -95,12 +94,13 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     `TimeAwareObservation`, gets it as `gym.make(..., max_episode_steps=18)`; `env.unwrapped.horizon` says how many.
 
     ## Arguments
-    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, end_bits=8, device="cpu")`, `render_mode`
+    `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, device="cpu")`, `render_mode`
     (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's
     `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
     :class:`arq_env.evaluation.CertifierSettings`). `budget` is a fraction of FP32's bit operations, or limits by kind that hold
     together: `{"bops": 0.01, "bytes": 120_000, "latency": {"milliseconds": 3.5, "table": "times.json"}}`, see
-    :mod:`arq_env.budget`.
+    :mod:`arq_env.budget`. `fix={"first": "8/8", "last": "8/8", "head.*": "4/8"}` says which layers are fixed and at which
+    weight and activation bits, `bits=[2, 4, 8]` which bit-widths there are (:func:`arq_env.bitwidths.restrict`).
 
     `gym.make("ARQ-Custom-v0", network="mymodels:make_net", checkpoint="net.pth", data="photos/", sigma=0.25)` is a network of one's
     own, see :func:`arq_env.problem.load_problem`. The class itself takes a :class:`arq_env.problem.Problem`, which holds any
@@ -118,19 +118,17 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         problem: Problem,
         *,
         budget: BudgetSpec = 1 / 64,
-        end_bits: int = END_BITS,
         settings: CertifierSettings | None = None,
         render_mode: str | None = None,
     ):
         if not (render_mode is None or isinstance(render_mode, str) and render_mode in self.metadata["render_modes"]):
             raise ArqError(f"there is no render mode {render_mode!r}: choose one of {', '.join(self.metadata['render_modes'])}")
-        end_bits = whole("end_bits", end_bits, MIN_BITS, MAX_BITS, floats=False)
         self.problem, self.render_mode = problem, render_mode
         self.evaluator = Evaluator(problem, settings_for(problem) if settings is None else settings)
         self.layers = problem.layers
         self.free_layers = free_layers(self.layers)
-        self.end_bits = end_bits
-        self.default_budget = make_budget(budget, problem, end_bits)
+        self.widths = widths_of(self.layers)
+        self.default_budget = make_budget(budget, problem)
         self._static = static_features(self.free_layers)
         self.observation_space = spaces.Box(0, 1, (len(FEATURES),), np.float32)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32)
@@ -149,8 +147,9 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _start(self, budget: Budget) -> None:
         self.budget = budget
         self._chosen: dict[str, Bits] = {}
-        fixed = self.layers[0] is not self.free_layers[0]  # else nothing comes before, and images have 8 bits
-        self._previous = Bits(self.end_bits, self.end_bits) if fixed else Bits(MAX_BITS, MAX_BITS)
+        position = self.layers.index(self.free_layers[0])
+        before = self.complete({})[self.layers[position - 1].name]
+        self._previous = before if position else Bits(MAX_BITS, MAX_BITS)  # nothing comes before, and images have 8 bits
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode; ``options={"budget": f}`` sets its budget, in what the environment's is measured in."""
@@ -173,7 +172,7 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def complete(self, chosen: BitWidthMap) -> BitWidthMap:
         """The map of these bits for the free layers, as :func:`arq_env.bitwidths.complete` makes it."""
-        return complete(chosen, self.layers, self.end_bits)
+        return complete(chosen, self.layers)
 
     def decode(self, actions: np.ndarray | Sequence) -> BitWidthMap:
         """The map that an episode of these actions ends with, at the environment's own budget: for searches that plan it whole.
@@ -195,7 +194,8 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         chosen: BitWidthMap = {}
         actions: list[np.ndarray] = []
         for layer in self.free_layers:
-            action = (np.array(bit_widths[layer.name]) - self.budget.even_bits(chosen)) / REACH
+            wanted, even = (_places(pair, self.widths) for pair in (bit_widths[layer.name], self.budget.even_bits(chosen)))
+            action = (wanted - even) / REACH
             actions.append(np.clip(action, -1, 1).astype(np.float32))
             chosen[layer.name] = next_bits(actions[-1], self.budget, chosen)
         return np.stack(actions)
@@ -240,13 +240,12 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def render(self) -> Any:
         """The bits chosen so far: text (``ansi``) or a bar chart as uint8 [h, w, 3] (``rgb_array``)."""
-        free = {layer.name for layer in self.free_layers}
-        ends = {layer.name: Bits(self.end_bits, self.end_bits) for layer in self.layers if layer.name not in free}
+        fixed = fixed_layers(self.layers)
         if self.render_mode == "ansi":
-            return render_ansi(self.layers, ends | self._chosen)
+            return render_ansi(self.layers, fixed | self._chosen)
         if self.render_mode == "rgb_array":
             title = f"layer {self.step_count} of {self.horizon}, budget {self.budget}"
-            return render_rgb(self.layers, ends | self._chosen, title)
+            return render_rgb(self.layers, fixed | self._chosen, title)
         gymnasium.logger.warn("render() was called without a render_mode: pass one to gym.make")
         return None
 
@@ -263,8 +262,14 @@ def next_bits(action: Any, budget: Budget, chosen: BitWidthMap) -> Bits:
         raise ArqError(f"the action cannot be read ({error}): give two finite numbers in [-1, 1]") from error
     if pair.shape != (2,) or pair.dtype.kind not in "iuf" or not np.isfinite(pair).all():
         raise ArqError(f"the action is {action!r}: give two finite numbers in [-1, 1]")
-    shares = zip(budget.even_bits(chosen), pair.tolist(), strict=True)
-    return budget.fit(Bits(*(math.floor(even + REACH * min(max(a, -1.0), 1.0) + 0.5) for even, a in shares)), chosen)
+    widths, shares = budget.widths, zip(_places(budget.even_bits(chosen), budget.widths).tolist(), pair.tolist(), strict=True)
+    places = (math.floor(even + REACH * min(max(a, -1.0), 1.0) + 0.5) - widths[0] for even, a in shares)
+    return budget.fit(Bits(*(widths[min(max(place, 0), len(widths) - 1)] for place in places)), chosen)
+
+
+def _places(bits: Sequence[float], widths: tuple[int, ...]) -> np.ndarray:
+    """Where numbers of bits lie among the bit-widths there are, counted from the fewest: themselves where none is left out."""
+    return np.interp(bits, widths, widths[0] + np.arange(len(widths)))
 
 
 def budget_option(options: Any) -> Any:
@@ -303,7 +308,8 @@ def make_env(
     flip: bool | None = None,
     reward_images: int | None = None,
     budget: BudgetSpec = 1 / 64,
-    end_bits: int = END_BITS,
+    fix: Mapping[str, str] | None = None,
+    bits: Sequence[int] | None = None,
     device: str = "cpu",
     render_mode: str | None = None,
     **settings: Any,
@@ -311,7 +317,7 @@ def make_env(
     """What ``gym.make`` calls: the environment of a network and its data; every argument can be written as JSON.
 
     :param network, data, sigma, training, checkpoint, normalize, keep: as for :func:`arq_env.problem.load_problem`
-    :param network_arguments, image_size, flip, reward_images, device: likewise
+    :param network_arguments, image_size, flip, reward_images, fix, bits, device: likewise
     :param render_mode: as for :class:`ArqEnv`, or "human" for Gymnasium's window around it
     :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`; for data of one's own the defaults are those of
         :func:`arq_env.rewards.settings_for`
@@ -342,10 +348,12 @@ def make_env(
         image_size=image_size,
         flip=flip,
         reward_images=reward_images,
+        fix=fix,
+        bits=bits,
         device=device,
     )
     if "arguments" in problem.card:
         certifier = settings_for(problem, **settings)
     render_mode = "rgb_array" if human else render_mode
-    env = ArqEnv(problem, budget=budget, end_bits=end_bits, settings=certifier, render_mode=render_mode)
+    env = ArqEnv(problem, budget=budget, settings=certifier, render_mode=render_mode)
     return gymnasium.wrappers.HumanRendering(env) if human else env

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from arq_env.kinds import KINDS, Kind, Linear, has_hooks, kind_of
 from arq_env.operations import Operations, record_operations
 from arq_env.support.errors import ArqError
+from arq_env.support.settings import MAX_BITS, MIN_BITS
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class Layers(tuple[Layer, ...]):
     """The layers to quantize, in order of first use.
 
     ``kept`` is what the network multiplies beside them, ``operators`` are the names of all operators that it is made of.
+    ``fixed`` are the weight and activation bits of layers that have no choice (None for what :data:`arq_env.bitwidths.END_BITS`
+    says), ``widths`` the bit-widths that the others choose from; see :func:`arq_env.bitwidths.restrict`.
     """
 
     kept: tuple[Kept, ...] = ()
     operators: frozenset[str] = frozenset()
+    fixed: dict[str, tuple[int, int]] | None = None
+    widths: tuple[int, ...] = tuple(range(MIN_BITS, MAX_BITS + 1))
 
     def __new__(cls, layers: Iterable[Layer], kept: Iterable[Kept] = (), operators: Iterable[str] = ()):
         new = super().__new__(cls, layers)

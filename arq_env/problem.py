@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from arq_env.bitwidths import MIN_BITS, BitWidthMap, bops_fraction, load_map
+from arq_env.bitwidths import BitWidthMap, bops_fraction, load_map, restrict
 from arq_env.budget import make_budget
 from arq_env.certification import network_digest
 from arq_env.datasets import Dataset, Split, known_shape, load_dataset
@@ -40,6 +40,7 @@ class Problem:
     :param sigma: standard deviation of the smoothing noise, in units of pixels in [0, 1]
     :param input_shape: of one image, [c, h, w]; None for that of the data set, which is then loaded to find it
     :param keep: what may stay at full precision, as for :func:`arq_env.layers.find_layers`
+    :param fix, bits: which layers' bits nobody chooses, and which bit-widths there are, as for :func:`arq_env.bitwidths.restrict`
     :param card: what the network is and where it comes from, for the files that results are written to
     """
 
@@ -48,6 +49,8 @@ class Problem:
     sigma: float
     input_shape: tuple[int, int, int] | None = None
     keep: tuple[str, ...] = ()
+    fix: Mapping[str, str] | None = None
+    bits: Sequence[int] | None = None
     card: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,10 +72,10 @@ class Problem:
         """The layers to quantize, in order of use.
 
         :raises ArqError: when the network is not understood, see :func:`arq_env.layers.find_layers` and
-            :func:`arq_env.quantization.convert.check_conversion`
+            :func:`arq_env.quantization.convert.check_conversion`; when ``fix`` or ``bits`` is not
         """
         shape = self.input_shape or self.dataset.image_shape
-        layers = find_layers(self.network, shape, self.keep)
+        layers = restrict(find_layers(self.network, shape, self.keep), self.fix, self.bits)
         noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         check_conversion(self.network, layers, noise.to(self.device))
         return layers
@@ -97,6 +100,7 @@ class Problem:
     def origin(self) -> dict:
         """What files of results say of where the network and its data come from, so that :func:`load_mapped` finds them again."""
         said = {"checkpoint": self.card.get("digest"), "training": self.card.get("training")}
+        said |= {name: value for name, value in (("fix", self.fix), ("bits", self.bits)) if value is not None}
         if "arguments" not in self.card:  # of a shipped network, whose name says all, or made from objects
             return said
         data = {"images": self.dataset.counts, "data": self.data_digest}
@@ -165,6 +169,8 @@ def load_problem(
     image_size: int | None = None,
     flip: bool | None = None,
     reward_images: int | None = None,
+    fix: Mapping[str, str] | None = None,
+    bits: Sequence[int] | None = None,
     device: str = "cpu",
 ) -> Problem:
     """The problem of a shipped checkpoint, or of a network of one's own; all can be written as JSON.
@@ -174,7 +180,7 @@ def load_problem(
     :param training: which of a shipped network's checkpoints; of no meaning for others
     :param checkpoint, normalize, network_arguments: as for :func:`arq_env.networks.own.load_own`; a shipped network's name with a
         checkpoint is its architecture with those weights
-    :param keep: as of :class:`Problem`
+    :param keep, fix, bits: as of :class:`Problem`
     :raises ArqError: for an argument out of range, when network, checkpoint, data or device are not there, and when they do not fit
         each other
     """
@@ -198,7 +204,9 @@ def load_problem(
             raise ArqError(f"{next(iter(given))} is for networks of your own: leave it out, or give a checkpoint, too")
         module, card = load_checkpoint(Checkpoint(network, data, float(sigma), training))
         check_device(device)
-        return Problem(module.to(device), partial(load_dataset, data), float(sigma), known_shape(data), card=card)
+        return Problem(
+            module.to(device), partial(load_dataset, data), float(sigma), known_shape(data), fix=fix, bits=bits, card=card
+        )
     try:
         arguments = json.loads(json.dumps({"network": network, "data": data} | given))
     except (TypeError, ValueError, RecursionError) as error:
@@ -207,7 +215,8 @@ def load_problem(
     check_device(device)
     card = {"network": network, "dataset": data, "sigma": float(sigma), "training": None, "digest": digest, "arguments": arguments}
     load = partial(load_dataset, data, **of_data)
-    problem = Problem(module.to(device), load, float(sigma), known_shape(data), keep=tuple(_names(keep)), card=card)
+    choice: dict[str, Any] = {"keep": tuple(_names(keep)), "fix": fix, "bits": bits}
+    problem = Problem(module.to(device), load, float(sigma), known_shape(data), **choice, card=card)
     _check_classes(problem)
     return problem
 
@@ -247,6 +256,7 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         training, sigma, digest = made_with.get("training", "gaussian"), header["sigma"], made_with.get("checkpoint")
         arguments = dict(made_with.get("problem", {}))
         digests = dict(arguments.pop("digests", {}))
+        choice = {name: made_with.get(name) for name in ("fix", "bits")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(
             f"{path} cannot be read as a bit-width map ({reason(error)}): give a run folder or a bit_widths.json, or, where "
@@ -258,9 +268,9 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
             "arq_env.bitwidths.load_map, arq_env.finishing.finish and arq_env.comparison.compare_maps with your Problem"
         )
     if arguments:
-        problem = _load_again(path, arguments, sigma, device)
+        problem = _load_again(path, arguments | choice, sigma, device)
     elif all(isinstance(name, str) for name in (*names, training)):
-        problem = load_problem(*names, sigma=sigma, training=training, device=device)
+        problem = load_problem(*names, sigma=sigma, training=training, device=device, **choice)
     else:
         raise ArqError(f"{path} has network, dataset or training that is no name: restore the file, or search again")
     if digest not in (None, problem.card["digest"]):
@@ -271,7 +281,7 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
     bit_widths, document = load_map(path, problem.layers)
     fraction, budget = bops_fraction(bit_widths, problem.layers), document.get("budget")
     if isinstance(budget, dict):
-        limit = make_budget(budget, problem, MIN_BITS)
+        limit = make_budget(budget, problem, restrict(problem.layers, {}))  # which a map made by hand may undercut
         if not limit.within(bit_widths):
             warnings.warn(f"the map in {path} costs more than its budget of {limit}", stacklevel=2)
     elif budget is not None and fraction > budget:

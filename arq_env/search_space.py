@@ -27,8 +27,8 @@ class SearchSpace(Protocol):
         """Those whose bits are chosen."""
 
     @property
-    def end_bits(self) -> int:
-        """Weight and activation bits of the others."""
+    def widths(self) -> tuple[int, ...]:
+        """The bit-widths that they are chosen from, rising."""
 
     @property
     def horizon(self) -> int:
@@ -55,7 +55,10 @@ class SearchSpace(Protocol):
         """How the reward is measured."""
 
     def complete(self, chosen: BitWidthMap) -> BitWidthMap:
-        """The map of these bits for the free layers; layers that read one tensor get the activation bits of the first."""
+        """The map of these bits for the free layers and what the others are fixed at.
+
+        Layers that read one tensor get the activation bits of the first.
+        """
 
     def decode(self, actions: np.ndarray | Sequence) -> BitWidthMap:
         """The map that an episode of these actions ends with; it is within the default budget."""

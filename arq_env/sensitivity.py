@@ -51,11 +51,12 @@ def measure_sensitivities(divergence: Divergence) -> Sensitivities:
     :return: place to [7] divergences in nats, for 2 to 8 bits, not negative and not rising
     """
     layers, untouched = divergence.layers, Bits(MAX_BITS, MAX_BITS)
-    least = divergence(complete({}, layers, MAX_BITS))
+    widest = dict.fromkeys((layer.name for layer in layers), untouched)
+    least = divergence(widest)
     table: Sensitivities = {}
     for layer, kind in places(layers):
         chosen = ({layer: untouched._replace(**{kind: b})} for b in MEASURED)
-        measured = [max(divergence(complete(one, layers, MAX_BITS)) - least, 0.0) for one in chosen]
+        measured = [max(divergence(complete(widest | one, layers)) - least, 0.0) for one in chosen]
         rest = [measured[-1] / 4 ** (b - MEASURED[-1]) for b in range(MEASURED[-1] + 1, MAX_BITS)]
         falling = [*measured, *rest, 0.0]
         table[layer, kind] = [max(falling[i:]) for i in range(len(falling))]  # noise must not make a bit worth less than none

@@ -32,7 +32,7 @@ def planned(tied: bool, fraction: float, seed: int):
     return SimpleNamespace(
         layers=layers,
         free_layers=free_layers(layers),
-        end_bits=8,
+        widths=range(2, 9),
         default_budget=BopsBudget(layers, fraction),
         sensitivities=table,
         complete=partial(complete, layers=layers),
@@ -199,7 +199,7 @@ def test_evolution_and_parzen_climb():
 
 
 def test_the_reconstruction_decides_as_haq_does():
-    assert [absolute_bits(a) for a in (0, 0.071, 0.2, 0.5, 0.999, 1)] == [2, 2, 3, 5, 8, 8]
+    assert [absolute_bits(a, (2, 3, 4, 5, 6, 7, 8)) for a in (0, 0.071, 0.2, 0.5, 0.999, 1)] == [2, 2, 3, 5, 8, 8]
     env = HaqEnv(make_toy_env())
     observation, _ = env.reset()
     assert env.observation_space.contains(observation) and env.horizon == 4

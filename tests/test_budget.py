@@ -1,5 +1,6 @@
 """Every kind of budget behind one interface, through the environment and every search."""
 
+import contextlib
 import hashlib
 import json
 
@@ -16,7 +17,7 @@ from arq_agents.haq import cut_to_budget
 from arq_agents.levers import exchange
 from arq_agents.trace import read_trace
 from arq_env import ArqError
-from arq_env.bitwidths import Bits, check_map, complete, free_layers, load_map, save_map, uniform
+from arq_env.bitwidths import Bits, check_map, complete, fixed_layers, free_layers, load_map, save_map, uniform
 from arq_env.budget import BUDGETS, AllOf, BytesBudget, LatencyBudget, make_budget
 from arq_env.env import ArqEnv
 from arq_env.problem import load_mapped
@@ -28,7 +29,16 @@ from tests.toy import make_toy_env, search_toy, toy_problem
 
 def tied_env(budget, **changes) -> ArqEnv:
     """On two residual blocks with projection shortcuts, whose rewards nobody asks for."""
-    return ArqEnv(toy_problem(network=Projected().eval()), budget=budget, **changes)
+    return ArqEnv(toy_problem(network=Projected().eval(), **changes), budget=budget)
+
+
+#: What is fixed at what, and which bit-widths there are.
+CHOICES = {
+    "ends": {},
+    "nothing": {"fix": {}, "bits": (2, 4, 8)},
+    "the middle": {"fix": {"conv2": "4/3", "fc": "8/8"}, "bits": (3, 4, 8)},
+    "both of a tie": {"fix": {"first": "5/5", "*1": "2/5"}, "bits": (5, 2)},
+}
 
 
 def write_table(path, layers, pairs=((4, 4), (4, 8), (8, 8))):
@@ -51,10 +61,14 @@ def kinds(tmp_path, layers, problem) -> dict:
 
 
 @pytest.mark.parametrize("kind", [*BUDGETS, "all"])
-def test_every_map_is_within_any_budget(tmp_path, kind):
-    """Of random episodes, plans, the integer program, greedy, uniform bits, exchanges and HAQ's cut; on tied layers, too."""
-    problem = toy_problem(network=Projected().eval())
-    env = tied_env(kinds(tmp_path, problem.layers, problem)[kind])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_map_is_within_any_budget(tmp_path, kind, choice):
+    """Of random episodes, plans, the integer program, greedy, uniform bits, exchanges and HAQ; on tied layers, too.
+
+    And it has no other bits than there are, and those that are fixed.
+    """
+    problem = toy_problem(network=Projected().eval(), **CHOICES[choice])
+    env = tied_env(kinds(tmp_path, problem.layers, problem)[kind], **CHOICES[choice])
     env.judge = lambda bit_widths: {"reward": 0.0, "map": bit_widths}
     rng, budget = np.random.default_rng(0), env.default_budget
     env.evaluator.remember_sensitivities(
@@ -71,15 +85,22 @@ def test_every_map_is_within_any_budget(tmp_path, kind):
         assert env.decode(actions) == info["map"]
         env.reset()
         assert env.decode(env.encode(info["map"])) == info["map"]
-        maps.append(cut_to_budget({layer.name: Bits(*map(int, rng.integers(2, 9, 2))) for layer in env.free_layers}, env))
+        maps.append(cut_to_budget({layer.name: Bits(*map(int, rng.choice(env.widths, 2))) for layer in env.free_layers}, env))
     best = least_sensitive(env, env.sensitivities)
     maps += [*greedy(env), *integer_program(env), *uniform_bits(env)]
     proposals = exchange(env, {tuple(best.items()): 0.0})
-    maps += [next(proposals), *(proposals.send(-1.0) for _ in range(5))]
+    with contextlib.suppress(StopIteration):  # few bits leave few neighbours
+        maps.append(next(proposals))
+        for _ in range(5):
+            maps.append(proposals.send(-1.0))
+    fixed = fixed_layers(env.layers)
     for bit_widths in maps:
         check_map(bit_widths, env.layers)
+        assert {bits for pair in bit_widths.values() for bits in pair} <= {*env.widths}
+        assert all(bit_widths[name].weight == bits.weight for name, bits in fixed.items())
+        assert all(bit_widths[name].activation == fixed[name].activation for name in fixed if choice != "ends")
         assert all(part.cost(bit_widths) <= part.limit for part in budget.parts)
-    assert len({str(bit_widths) for bit_widths in maps}) > 20
+    assert len({str(bit_widths) for bit_widths in maps}) > (20 if len(env.widths) > 3 else 5)
     # the integer program's is the best of all these
     effects = env.sensitivities
 
@@ -312,7 +333,11 @@ def test_one_agent_for_every_number_of_bytes(tmp_path):
 def test_bit_operations_are_observed_as_ever():
     """What the agent sees of the budget, and the maps that its actions come to, as before there were other budgets."""
     seen, maps = hashlib.sha256(), hashlib.sha256()
-    for env, low in ((make_toy_env(end_bits=4), 0.01), (tied_env(0.05), 0.045), (make_env_of_signs(), 0.0052)):
+    for env, low in (
+        (make_toy_env(fix={"first": "4/4", "last": "4/4"}), 0.01),
+        (tied_env(0.05), 0.045),
+        (make_env_of_signs(), 0.0052),
+    ):
         env.judge = lambda bit_widths: {"reward": 0.0, "map": bit_widths}
         for seed in range(20):
             rng = np.random.default_rng(seed)

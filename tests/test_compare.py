@@ -20,7 +20,7 @@ from arq_agents.equal_cost import (
 from arq_agents.finishing import finished_radii
 from arq_agents.trace import read_trace
 from arq_env import ArqError
-from arq_env.bitwidths import uniform
+from arq_env.bitwidths import restrict, uniform
 from arq_env.comparison import TestSettings
 from arq_env.datasets import Split
 from arq_env.env import ArqEnv
@@ -123,7 +123,7 @@ def test_curves(tmp_path):
 def test_finished_maps_are_kept(tmp_path, monkeypatch):
     """FP32 after the same fine-tuning is at least level with 2 bits; what is done is not done again, other steps are."""
     evaluator, settings = make_toy_env().evaluator, TestSettings(every=1, n0=8, n=50)
-    maps = {"FP32": None, "coarse": uniform(evaluator.problem.layers, 2, 2, end_bits=2)}
+    maps = {"FP32": None, "coarse": uniform(restrict(evaluator.problem.layers, {}), 2, 2)}
     first = {name: finished_radii(evaluator, m, tmp_path, steps=4, settings=settings) for name, m in maps.items()}
     assert first["FP32"].shape == (40,) and first["FP32"].mean() > first["coarse"].mean() > 0
     monkeypatch.setattr("arq_agents.finishing.finish_briefly", lambda *_: pytest.fail("finished again"))

@@ -196,14 +196,11 @@ def test_a_large_budget_leaves_a_choice():
     assert play(env, (-1, -1))[1]["bit_widths"]["middle"] == (7, 7)
 
 
-def test_end_bits():
-    env = make_toy_env(end_bits=4)
+def test_what_is_fixed_is_seen_and_kept():
+    env = make_toy_env(fix={"first": "4/4", "last": "8/8"})
     assert play(env, (0, 0))[1]["bit_widths"]["first"] == (4, 4)
     assert env.reset()[0][13:15].tolist() == [0.5, 0.5]  # the layer before the first free one has them
-    assert type(make_toy_env(end_bits=np.int64(4)).end_bits) is int
-    for wrong in (9, 1, 8.0, True, "8", None, math.nan):
-        with pytest.raises(ArqError, match="end_bits is "):
-            make_toy_env(end_bits=wrong)
+    assert make_toy_env(fix={}).horizon == env.horizon + 2
 
 
 def test_a_whole_episode_on_the_embedded_data():
@@ -246,7 +243,8 @@ def test_render_shows_the_map():
         ({"images": True}, "images is True"),
         ({"regained_bits": 7}, "regained_bits is 7"),
         ({"n": 10**9}, "from 1 to 10,000,000"),
-        ({"end_bits": 8.0}, "end_bits is 8.0"),
+        ({"fix": {"first": 8}}, "fix has 8 for 'first'"),
+        ({"bits": [4, 9]}, "give a list of whole numbers from 2 to 8"),
         ({"sigma": True}, "sigma is True"),
         ({"device": "meta"}, "cpu or cuda"),
         ({"network": None}, "network is None"),

@@ -196,7 +196,7 @@ def test_an_unknown_reward_method_is_an_error():
 def test_regained_bits_make_weights_finer_and_nothing_else(problem):
     """A map is judged as the one whose weights have a bit more, and places are compared accordingly."""
     as_it_is, finished = (Evaluator(problem, dataclasses.replace(SMALL, regained_bits=bits)) for bits in (0, 1))
-    coarse, finer = (complete({"middle": Bits(weight, 3)}, problem.layers, 8) for weight in (2, 3))
+    coarse, finer = (complete({"middle": Bits(weight, 3)}, problem.layers) for weight in (2, 3))
     got, expected = finished.evaluate(coarse), as_it_is.evaluate(finer)
     assert (got.acr, got.clean_accuracy) == (expected.acr, expected.clean_accuracy) != as_it_is.evaluate(coarse).acr
     assert finished.evaluate(uniform(problem.layers, 8, 8)).acr == as_it_is.evaluate(uniform(problem.layers, 8, 8)).acr

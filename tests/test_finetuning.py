@@ -7,7 +7,7 @@ import torch.nn.utils.prune
 from torch.nn.functional import kl_div
 
 from arq_env import ArqError
-from arq_env.bitwidths import uniform
+from arq_env.bitwidths import restrict, uniform
 from arq_env.datasets import Split
 from arq_env.evaluation import CertifierSettings, Evaluator
 from arq_env.finishing import brief_recipe, finish, finish_briefly, held_out, held_out_acr
@@ -28,7 +28,7 @@ def evaluator():
 
 @pytest.fixture
 def coarse(evaluator):
-    return uniform(evaluator.problem.layers, 2, 2, end_bits=2)
+    return uniform(restrict(evaluator.problem.layers, {}), 2, 2)
 
 
 def test_finetuning_wins_back_what_bits_cost(evaluator, coarse, tmp_path):

@@ -39,7 +39,7 @@ def test_from_a_search_to_a_finished_network(options, capsys, monkeypatch):
     assert len(judged) > 1 and all(one["bops_fraction"] <= 0.03 for one in judged)
     exported = json.loads((folder / "uniform" / "bit_widths.json").read_text())
     bits = {layer["name"]: (layer["weight_bits"], layer["activation_bits"]) for layer in exported["layers"]}
-    assert bits == uniform(env.layers, int(chosen[1]), int(chosen[3]), env.end_bits)
+    assert bits == uniform(env.layers, int(chosen[1]), int(chosen[3]))
 
     document = json.loads((folder / "certificates.json").read_text())
     assert document["maps"]["finished"] == document["maps"]["found"] and document["images"] == 20
@@ -80,7 +80,7 @@ def test_without_a_plotting_library_the_result_stands(options, capsys, monkeypat
 
 def test_a_finished_network_is_of_one_map(tmp_path, toy_env):
     """The file is the network that was trained; another map, or more batches, are refused."""
-    maps = [uniform(toy_env.layers, bits, bits, 8) for bits in (2, 3)]
+    maps = [uniform(toy_env.layers, bits, bits) for bits in (2, 3)]
     first = finished_network(toy_env.evaluator, maps[0], tmp_path, 2)
     images, _ = toy_env.problem.test_images(every=4)
     again = finished_network(make_toy_env().evaluator, maps[0], tmp_path, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from arq_env import ArqError
-from arq_env.bitwidths import Bits, uniform
+from arq_env.bitwidths import Bits, restrict, uniform
 from arq_env.certification import certify
 from arq_env.layers import find_layers
 from arq_env.quantization import Quantizer, integer, integer_network, load_quantized, save_quantized
@@ -39,7 +39,7 @@ def test_the_same_function(bits):
     network = Strided().eval()
     images = torch.rand(40, 3, 9, 9)
     layers = find_layers(network, (3, 9, 9))
-    quantized = Quantizer(network, layers, images).quantize(uniform(layers, bits, bits, bits))
+    quantized = Quantizer(network, layers, images).quantize(uniform(restrict(layers, {}), bits, bits))
     integer = integer_network(quantized)
     assert sum(isinstance(module, IntegerConv2d) for module in integer.modules()) == 3
     assert all(module.layer.largest_sum() < 2**24 for module in integer.modules() if isinstance(module, IntegerConv2d))

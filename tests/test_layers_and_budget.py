@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arq_env import ArqError
-from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, free_layers, load_map, save_map, uniform
+from arq_env.bitwidths import Bits, bops, bops_fraction, check_map, complete, load_map, restrict, save_map, uniform
 from arq_env.budget import BopsBudget
-from arq_env.layers import find_layers
+from arq_env.layers import Layers, find_layers
 from arq_env.networks.mobilenet import mobilenetv2
 from arq_env.networks.resnet import resnet20, resnet32
 
@@ -118,20 +118,15 @@ def test_a_map_fits_the_budget_that_it_reports():
 
 
 @given(st.lists(st.integers(1, 10**7), min_size=1, max_size=6), st.integers(2, 8))
-def test_the_least_reachable_budget_is_met(macs, end_bits):
-    layers = tuple(replace(LAYERS[0], name=str(i), macs=number) for i, number in enumerate(macs))
-    least = complete({layer.name: Bits(2, 2) for layer in free_layers(layers)}, layers, end_bits)
-    budget = BopsBudget(layers, bops_fraction(least, layers), end_bits)
+def test_the_least_reachable_budget_is_met(macs, ends):
+    layers = Layers(replace(LAYERS[0], name=str(i), macs=number) for i, number in enumerate(macs))
+    layers = restrict(layers, {"first": f"{ends}/{ends}", "last": f"{ends}/{ends}"}) if len(layers) > 2 else layers
+    least = uniform(layers, 2, 2)
+    budget = BopsBudget(layers, bops_fraction(least, layers))
     assert budget.least({}) <= budget.limit
     with pytest.raises(ArqError, match="least reachable is") as error:
-        BopsBudget(layers, 0.99 * budget.value, end_bits)
-    BopsBudget(layers, float(str(error.value).split("least reachable is ")[1].split()[0]), end_bits)
-
-
-def test_end_bits_are_whole():
-    with pytest.raises(ArqError, match="end_bits is 8.0"):
-        BopsBudget(LAYERS, 0.02, 8.0)
-    assert BopsBudget(LAYERS, 0.02, np.int64(4)).end_bits == 4
+        BopsBudget(layers, 0.99 * budget.value)
+    BopsBudget(layers, float(str(error.value).split("least reachable is ")[1].split()[0]))
 
 
 @pytest.mark.parametrize("bits", [4, (4,), [4, 4], None, "44"])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from arq_env import ArqError
-from arq_env.bitwidths import bops_fraction, uniform
+from arq_env.bitwidths import Bits, bops_fraction, restrict, uniform
 from arq_env.layers import find_layers, total_macs
 from arq_env.quantization import Quantizer
 from arq_env.quantization.convert import check_conversion
@@ -39,7 +39,7 @@ def checked(network, keep=(), shape=SHAPE):
 def error_at(network, bits, keep=()):
     """Mean error of the quantized logits over their spread."""
     layers = checked(network, keep)
-    quantized = Quantizer(network, layers, IMAGES).quantize(uniform(layers, bits, bits, bits))
+    quantized = Quantizer(network, layers, IMAGES).quantize(uniform(restrict(layers, {}), bits, bits))
     with torch.inference_mode():
         expected = network(IMAGES)
         return float((quantized(IMAGES) - expected).abs().mean() / expected.std(0).mean())
@@ -166,7 +166,7 @@ def test_a_fraction_of_bit_operations_is_of_the_whole_network():
     layers = find_layers(network, SHAPE, ["2"])
     kept = 8 * 8 * 9 * 256
     fixed = sum(layer.macs for layer in layers)
-    assert bops_fraction(uniform(layers, 2, 2, 2), layers) == (1024 * kept + 4 * fixed) / (1024 * (kept + fixed))
+    assert bops_fraction(uniform(restrict(layers, {}), 2, 2), layers) == (1024 * kept + 4 * fixed) / (1024 * (kept + fixed))
 
 
 def test_keep_names_what_is_there():
@@ -213,7 +213,7 @@ def test_transposed_channels_have_their_own_steps():
         layer.weight.mul_(torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1))
     network = nn.Sequential(layer, nn.Flatten(), nn.Linear(6 * 25, 3)).eval()
     layers = find_layers(network, (4, 4, 4))
-    weight = Quantizer(network, layers, torch.rand(32, 4, 4, 4)).quantize(uniform(layers, 3, 8, 3))[0].weight
+    weight = Quantizer(network, layers, torch.rand(32, 4, 4, 4)).quantize({layer.name: Bits(3, 8) for layer in layers})[0].weight
     for group in range(2):
         for channel in range(3):
             assert len(weight[2 * group : 2 * group + 2, channel].unique()) > 3  # none is lost beside larger ones

@@ -33,7 +33,7 @@ def searched(tmp_path_factory):
     """A run folder of a search on the toy problem, certified as the training scripts do it."""
     folder, env = tmp_path_factory.mktemp("runs") / "random", make_toy_env()
     best = search("random", env, episodes=6, folder=folder, progress=False)
-    maps = {"W2A2": uniform(env.layers, 2, 2, env.end_bits), "found": best.bit_widths}
+    maps = {"W2A2": uniform(env.layers, 2, 2), "found": best.bit_widths}
     comparison = compare_maps(env.evaluator, maps, TestSettings(every=1, n0=8, n=64), folder=folder / "certificates")
     write_json(folder / "certificates.json", comparison.document(env.evaluator))
     return folder

@@ -109,7 +109,7 @@ def test_a_run_holds_and_every_edited_number_is_caught(run, tmp_path, every):
     for name in ("bit_widths.json", "certificates.json", "config.json"):
         document = json.loads((folder / name).read_text())
         edits = [(leaf, json.dumps(edited(document, leaf))) for leaf in leaves(document)]
-        assert len(edits) > 10
+        assert len(edits) >= 10
         try_all(folder / name, edits)
     lines = (folder / "trace.jsonl").read_text().splitlines(keepends=True)
     episode = json.loads(lines[2])

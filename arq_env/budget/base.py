@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete, free_layers
+from arq_env.bitwidths import MAX_BITS, MIN_BITS, Bits, BitWidthMap, complete, free_layers, widths_of
 from arq_env.layers import Layer
 from arq_env.support.errors import ArqError, shown
 
 if TYPE_CHECKING:
     from arq_env.problem import Problem
 
+#: Bits that a layer's cost is told for.
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 #: How a budget is asked for and written: a fraction of FP32's bit operations, or kinds of :data:`arq_env.budget.BUDGETS` and the
 #: limit of each.
@@ -30,14 +31,11 @@ class Budget(ABC):
 
     The methods take whole maps, or the bits chosen so far, which are those of the first few free layers. More bits never cost less.
 
-    :param layers: all layers of the network, in order
-    :param end_bits: weight and activation bits of the first and the last layer, 2 to 8
+    :param layers: all layers of the network, in order; they say which of them are fixed, and which bit-widths there are
     """
 
-    def __init__(self, layers: tuple[Layer, ...], end_bits: int):
-        if not (isinstance(end_bits, int | np.integer) and MIN_BITS <= end_bits <= MAX_BITS):
-            raise ArqError(f"end_bits is {end_bits!r}: give a whole number from {MIN_BITS} to {MAX_BITS}")
-        self.layers, self.free, self.end_bits = layers, free_layers(layers), int(end_bits)
+    def __init__(self, layers: tuple[Layer, ...]):
+        self.layers, self.free, self.widths = layers, free_layers(layers), widths_of(layers)
 
     @property
     @abstractmethod
@@ -67,7 +65,9 @@ class Budget(ABC):
 
     @abstractmethod
     def even_bits(self, chosen: BitWidthMap) -> tuple[float, float]:
-        """Weight and activation bits, at most 8, that all layers to come could have alike; 8 of a kind that costs nothing."""
+        """Weight and activation bits, at most the most there are, that all layers to come could have alike; these of a kind that
+        costs nothing.
+        """
 
     @abstractmethod
     def share_from(self, step: int) -> float:
@@ -83,35 +83,43 @@ class Budget(ABC):
         return tuple(kind for kind in Bits._fields if any(kind in part.priced for part in self.parts))
 
     def level(self, bits: int) -> Bits:
-        """So many bits for weights and activations, but 8 for the kind that costs nothing."""
-        return Bits(*(bits if kind in self.priced else MAX_BITS for kind in Bits._fields))
+        """So many bits for weights and activations, but the most there are for the kind that costs nothing."""
+        return Bits(*(bits if kind in self.priced else self.widths[-1] for kind in Bits._fields))
+
+    @property
+    def fewest(self) -> Bits:
+        """The bits of the cheapest map."""
+        return Bits(self.widths[0], self.widths[0])
 
     def with_rest(self, chosen: BitWidthMap, to_come: Bits) -> BitWidthMap:
         """The map in which each free layer that is not chosen yet gets these bits."""
         rest = dict.fromkeys((layer.name for layer in self.free[len(chosen) :]), to_come)
-        return complete(rest | chosen, self.layers, self.end_bits)
+        return complete(rest | chosen, self.layers)
 
     def fit(self, bits: Bits, chosen: BitWidthMap) -> Bits:
-        """Take bits off the next layer's, from the larger of the two first, until the layers after it can still have 2/2.
+        """Take bits off the next layer's, from the larger of the two first, until the layers after it can still have the fewest.
+
+        They are the next fewer of those there are.
 
         Bits whose loss would save nothing of what is missing stay. A layer that reads the same tensor as an earlier one gets that
         one's activation bits.
         """
         layer = self.free[len(chosen)]
-        fitting = Bits(*(min(max(value, MIN_BITS), MAX_BITS) for value in bits))
+        least = self.widths[0]
+        fitting = Bits(*(max((width for width in self.widths if width <= value), default=least) for value in bits))
         if layer.tied_to is not None:
-            shared = complete(chosen, self.layers, self.end_bits)[layer.tied_to].activation
+            shared = complete(chosen, self.layers)[layer.tied_to].activation
             fitting = fitting._replace(activation=shared)
 
         def over(tried: Bits) -> float:
-            return self.excess(self.with_rest(chosen | {layer.name: tried}, Bits(MIN_BITS, MIN_BITS)))
+            return self.excess(self.with_rest(chosen | {layer.name: tried}, self.fewest))
 
         while (excess := over(fitting)) > 0:
             kinds = [kind for kind in Bits._fields if kind == "weight" or layer.tied_to is None]
-            kinds = [kind for kind in kinds if getattr(fitting, kind) > MIN_BITS]
-            saving = [kind for kind in kinds if over(fitting._replace(**{kind: MIN_BITS})) < excess]
+            kinds = [kind for kind in kinds if getattr(fitting, kind) > least]
+            saving = [kind for kind in kinds if over(fitting._replace(**{kind: least})) < excess]
             larger = max(saving or kinds, key=lambda kind: getattr(fitting, kind))
-            fitting = fitting._replace(**{larger: getattr(fitting, larger) - 1})
+            fitting = fitting._replace(**{larger: max(width for width in self.widths if width < getattr(fitting, larger))})
         return fitting
 
 
@@ -130,8 +138,8 @@ class OneBudget(Budget):
     name: ClassVar[str]
     unit: ClassVar[str]
 
-    def __init__(self, layers: tuple[Layer, ...], value: float, end_bits: int, *, units: int, constant: int):
-        super().__init__(layers, end_bits)
+    def __init__(self, layers: tuple[Layer, ...], value: float, *, units: int, constant: int):
+        super().__init__(layers)
         self.units, self.constant = units, constant
         #: Layer name to its cost in units, [7, 7] for 2 to 8 weight and activation bits.
         self.costs: dict[str, np.ndarray] = {
@@ -150,15 +158,16 @@ class OneBudget(Budget):
         if (least := self.least({})) > self.limit:
             raise ArqError(
                 f"a budget of {self._value:.10g} {self.unit} cannot be met: the least reachable is "
-                f"{math.ceil(Fraction(least / self.units) * 10**6) / 1e6:.15g} ({MIN_BITS} bits everywhere, {self.end_bits} in "
-                "the first and last layer)"
+                f"{math.ceil(Fraction(least / self.units) * 10**6) / 1e6:.15g} ({self.widths[0]} bits wherever "
+                "they are not fixed)"
             )
 
     @classmethod
     @abstractmethod
-    def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
+    def of(cls, problem: "Problem", value: Any, layers: tuple[Layer, ...]) -> Self:
         """The budget for a problem's network, where :data:`arq_env.budget.BUDGETS` has this kind.
 
+        :param layers: the problem's, perhaps with other choices
         :raises ArqError: as :meth:`at`
         """
 
@@ -209,16 +218,17 @@ class OneBudget(Budget):
 
     def least(self, chosen: BitWidthMap) -> int:
         """Units of the cheapest map that has these bits."""
-        return self.cost(self.with_rest(chosen, Bits(MIN_BITS, MIN_BITS)))
+        return self.cost(self.with_rest(chosen, self.fewest))
 
     def even_bits(self, chosen: BitWidthMap) -> tuple[float, float]:
-        """By linear interpolation between whole bits."""
-        costs = [self.cost(self.with_rest(chosen, self.level(bits))) for bits in WIDTHS]
+        """By linear interpolation between the bit-widths there are."""
+        costs = [self.cost(self.with_rest(chosen, self.level(bits))) for bits in self.widths]
         fits = max((i for i, cost in enumerate(costs) if cost <= self.limit), default=0)
-        even = float(WIDTHS[fits])
-        if even < MAX_BITS:
-            even += (self.limit - costs[fits]) / (costs[fits + 1] - costs[fits])
-        weight, activation = (even if kind in self.priced else float(MAX_BITS) for kind in Bits._fields)
+        even = float(self.widths[fits])
+        if even < self.widths[-1]:
+            gap = self.widths[fits + 1] - self.widths[fits]
+            even += gap * ((self.limit - costs[fits]) / (costs[fits + 1] - costs[fits]))
+        weight, activation = (even if kind in self.priced else float(self.widths[-1]) for kind in Bits._fields)
         return weight, activation
 
     def share_from(self, step: int) -> float:
@@ -231,11 +241,11 @@ class OneBudget(Budget):
 class AllOf(Budget):
     """Several budgets at once: a map is within it when it is within each.
 
-    :param parts: for the same layers and end bits
+    :param parts: for the same layers
     """
 
     def __init__(self, parts: Sequence[OneBudget]):
-        super().__init__(parts[0].layers, parts[0].end_bits)
+        super().__init__(parts[0].layers)
         self._parts = tuple(parts)
 
     @property

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, Bits, BitWidthMap, bops, free_layers
+from arq_env.bitwidths import Bits, BitWidthMap, bops, free_layers
 from arq_env.budget.base import BudgetSpec, OneBudget, is_number
 from arq_env.layers import Layer, kept_macs, total_macs
 from arq_env.support.errors import ArqError, shown
@@ -21,15 +21,15 @@ class BopsBudget(OneBudget):
 
     name, unit = "bops", "of FP32's bit operations"
 
-    def __init__(self, layers: tuple[Layer, ...], fraction: float, end_bits: int = END_BITS):
+    def __init__(self, layers: tuple[Layer, ...], fraction: float):
         macs = [layer.macs for layer in free_layers(layers)]
         #: MACs of the free layers from each step on, and 0 after the last.
         self.macs_from = [sum(macs[step:]) for step in range(len(macs) + 1)]
-        super().__init__(layers, fraction, end_bits, units=1024 * total_macs(layers), constant=1024 * kept_macs(layers))
+        super().__init__(layers, fraction, units=1024 * total_macs(layers), constant=1024 * kept_macs(layers))
 
     @classmethod
-    def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
-        return cls(problem.layers, value, end_bits)
+    def of(cls, problem: "Problem", value: Any, layers: tuple[Layer, ...]) -> Self:
+        return cls(layers, value)
 
     def checked(self, value: Any) -> float:
         if not (is_number(value) and 0 < value <= 1):
@@ -50,7 +50,7 @@ class BopsBudget(OneBudget):
 
     def even_bits(self, chosen: BitWidthMap) -> tuple[float, float]:
         """In closed form, since the cost is their square."""
-        even = min(math.sqrt(self.even_share(chosen)), float(MAX_BITS))
+        even = min(math.sqrt(self.even_share(chosen)), float(self.widths[-1]))
         return even, even
 
     def __str__(self) -> str:

@@ -1,11 +1,10 @@
 """Milliseconds, from a table that was measured on a device."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from arq_env.bitwidths import END_BITS, MAX_BITS, MIN_BITS, Bits
+from arq_env.bitwidths import PAIR, Bits
 from arq_env.budget.base import BudgetSpec, OneBudget, is_number, positive
 from arq_env.layers import Layer
 from arq_env.support.errors import ArqError, reason, shown
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from arq_env.problem import Problem
 
 NANOSECONDS = 10**6
-PAIR = re.compile(rf"([{MIN_BITS}-{MAX_BITS}])/([{MIN_BITS}-{MAX_BITS}])")
 
 
 class LatencyBudget(OneBudget):
@@ -35,20 +33,18 @@ class LatencyBudget(OneBudget):
 
     name, unit = "latency", "ms"
 
-    def __init__(
-        self, layers: tuple[Layer, ...], most: float, end_bits: int = END_BITS, *, table: str | Path, digest: str | None = None
-    ):
+    def __init__(self, layers: tuple[Layer, ...], most: float, *, table: str | Path, digest: str | None = None):
         self.table, self.digest, self._times, beside = _read(Path(table), digest, layers)
-        super().__init__(layers, most, end_bits, units=NANOSECONDS, constant=beside)
+        super().__init__(layers, most, units=NANOSECONDS, constant=beside)
 
     @classmethod
-    def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
+    def of(cls, problem: "Problem", value: Any, layers: tuple[Layer, ...]) -> Self:
         wanted = {"milliseconds", "table"}
         if not isinstance(value, Mapping) or not wanted <= set(value) <= wanted | {"sha256"}:
             raise ArqError(f"the latency budget is {shown(value)}: give {{'milliseconds': 3.0, 'table': 'times.json'}}")
         if not isinstance(value["table"], str | Path):
             raise ArqError(f"the table of latencies is {shown(value['table'])}: give the path of a JSON file")
-        return cls(problem.layers, value["milliseconds"], end_bits, table=value["table"], digest=value.get("sha256"))
+        return cls(layers, value["milliseconds"], table=value["table"], digest=value.get("sha256"))
 
     @property
     def spec(self) -> BudgetSpec:

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any, Self
 
-from arq_env.bitwidths import END_BITS
 from arq_env.budget.base import OneBudget, positive
 from arq_env.layers import Layer
 from arq_env.quantization.files import bytes_beside, packed_bytes
@@ -20,12 +19,12 @@ class BytesBudget(OneBudget):
 
     name, unit = "bytes", "bytes"
 
-    def __init__(self, layers: tuple[Layer, ...], most: float, end_bits: int = END_BITS, *, beside: int = 0):
-        super().__init__(layers, most, end_bits, units=1, constant=beside)
+    def __init__(self, layers: tuple[Layer, ...], most: float, *, beside: int = 0):
+        super().__init__(layers, most, units=1, constant=beside)
 
     @classmethod
-    def of(cls, problem: "Problem", value: Any, end_bits: int) -> Self:
-        return cls(problem.layers, value, end_bits, beside=bytes_beside(problem.network, problem.layers))
+    def of(cls, problem: "Problem", value: Any, layers: tuple[Layer, ...]) -> Self:
+        return cls(layers, value, beside=bytes_beside(problem.network, layers))
 
     def checked(self, value: Any) -> float:
         return positive(value, self.unit)

@@ -141,6 +141,7 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
             found["evaluations_to_random_s_reward"] = reaches(np.array(found["mean"], float), goal)
     names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
     settings = {name: getattr(options, name) for name in names} | command_line.own_arguments(options)
+    settings |= {name: value for name in ("fix", "bits") if (value := getattr(options, name, None)) is not None}
     agreement = add_finished(methods, finished) if finished else {}
     return {"settings": settings, **agreement, "methods": methods, "provenance": provenance()}
 
