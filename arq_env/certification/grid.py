@@ -45,8 +45,8 @@ class GridNoise:
         exact = codes / np.float32(LEVELS)
         if not (away := np.abs(exact - pixels)).max() <= ROUNDING:
             raise ArqError(
-                f"a pixel is {pixels.flat[away.argmax()]:.9g}, which is no k / {LEVELS}: give 8-bit images divided by {LEVELS}, which "
-                "noise on a grid is for, or leave noise out"
+                f"a pixel is {pixels.flat[away.argmax()]:.9g}, which is no k / {LEVELS}: give 8-bit images divided by "
+                f"{LEVELS}, which noise on a grid is for, or leave noise out"
             )
         return exact
 
@@ -102,10 +102,10 @@ class GridTable:
 def _table(steps: int, sigma: float) -> GridTable:
     if 9.3 * sigma * LEVELS * steps > MOST_REACH:  # Phi(-9.3) is below 2^-64
         raise ArqError(
-            f"noise of sigma {sigma:g} reaches over more than {MOST_REACH:,} steps of 1 / {LEVELS * steps}: give a GridNoise of fewer "
-            "steps, or a smaller sigma"
+            f"noise of sigma {sigma:g} reaches over more than {MOST_REACH:,} steps of 1 / {LEVELS * steps}: give a GridNoise of "
+            "fewer steps, or a smaller sigma"
         )
-    tails = []
+    tails: list[int] = []
     with mpmath.workprec(128):
         step = 1 / (LEVELS * steps * mpmath.mpf(sigma))
         while (tail := mpmath.ncdf(-(len(tails) + mpmath.mpf(0.5)) * step)) * 2**64 >= 1:

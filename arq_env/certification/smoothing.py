@@ -77,7 +77,8 @@ def certify(
     :param method: one of the above: ``"cohen"``, ``"randomized"``, ``"sequential"``, or an object such as
         ``Sequential(price=0.2)`` or ``Paired(cache)``
     :param noise: None for float32 noise, or :class:`GridNoise`, with which the statement holds for what is computed: of 8-bit
-        images, by a classifier that gives an image the same class in any batch (docs/certifier.md), not by ``Incremental`` or ``Paired``
+        images, by a classifier that gives an image the same class in any batch (docs/certifier.md). Not for ``Incremental`` and
+        ``Paired``
     :param batch_size: noisy images a forward pass; by default 32 on a CPU, whose caches larger batches overflow, else 1,024
     :param map: anything with the built-in ``map``'s calling sequence; calls run the classifier on a few images, and their results
         may come in any order. For worker processes, Dask or Ray take the ``map`` of
