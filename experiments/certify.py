@@ -21,10 +21,18 @@ def parse():
     )
     command_line.add_test_settings(parser)
     parser.add_argument("--method", choices=("cohen", "randomized", "sequential"), default="cohen", help="see docs/certifier.md")
+    parser.add_argument(
+        "--grid",
+        type=command_line.whole(1, 256),
+        metavar="STEPS",
+        help="draw the noise in so many steps a pixel value (1 will do), for a certificate of what is computed, rounding "
+        "included; for quantized networks and ONNX files on integers (default: noise in float32)",
+    )
     parser.add_argument("--base", metavar="MODULE:FUNCTION", help="for weights of a network of your own: one of the same structure")
     parser.add_argument(
         "--integer", action="store_true", help="a quantized torch network on integer kernels (needs an x86 CPU with VNNI)"
     )
+    command_line.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="of a torch module, cpu or cuda; ONNX runs on the CPU")
     parser.add_argument("--output", type=Path, help="folder for the log and the figures (default: runs/certify and a name)")
     return parser.parse_args()
@@ -38,7 +46,8 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from arq_env.certification import Cohen, Randomized, Sequential, certify
+from arq_agents.main import engine_of
+from arq_env.certification import Cohen, GridNoise, Randomized, Sequential, certify
 from arq_env.certification.digest import classifier_digest
 from arq_env.comparison import summarize
 from arq_env.datasets import load_dataset
@@ -46,6 +55,7 @@ from arq_env.datasets.augment import as_tensor, to_float
 from arq_env.export.loading import import_network, load_with_card
 from arq_env.problem import check_device
 from arq_env.quantization import integer_network
+from arq_env.quantization.exact import ExactNetwork
 from arq_env.support.errors import ArqError
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
@@ -56,36 +66,41 @@ METHODS = {"cohen": Cohen(skip_wrong=True), "randomized": Randomized(skip_wrong=
 
 
 def main(options):
-    classifier, card = chosen_classifier(options)
+    test = load_dataset(options.data).test
+    images = to_float(as_tensor(test.images[options.offset :: options.every]))
+    if not len(images):
+        raise ArqError(f"test images from index {options.offset} were asked for: there are {len(test.images)}")
+    classifier, card = chosen_classifier(options, tuple(images.shape[1:]))
     sigma = card.get("sigma") if options.sigma is None else options.sigma
     if sigma is None:
         raise ArqError("the file does not say for which noise it is: give --sigma")
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
-    test = load_dataset(options.data).test
-    if not settings.offset < len(test.images):
-        raise ArqError(f"test images from index {settings.offset} were asked for: there are {len(test.images)}")
-    chosen = slice(settings.offset, None, settings.every)
     digest = classifier_digest(classifier)
-    folder = options.output or Path("runs/certify") / f"{options.data}-sigma{sigma:g}-{options.method}-{digest[:12]}"
+    grid = "" if options.grid is None else f"-grid{options.grid}"
+    folder = options.output or Path("runs/certify") / f"{options.data}-sigma{sigma:g}{grid}-{options.method}-{digest[:12]}"
     name = f"certificates-every{settings.every}-offset{settings.offset}-n{settings.n}"
-    certificates = certify(
-        classifier,
-        to_float(as_tensor(test.images[chosen])),
-        test.labels[chosen],
-        sigma=sigma,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
-        seed=settings.seed,
-        method=METHODS[options.method],
-        progress=partial(tqdm, desc="certifying"),
-        log=folder / f"{name}.tsv",
-    )
+    with engine_of(options) as engine:
+        certificates = certify(
+            classifier,
+            images,
+            test.labels[settings.offset :: settings.every],
+            sigma=sigma,
+            n0=settings.n0,
+            n=settings.n,
+            alpha=settings.alpha,
+            seed=settings.seed,
+            method=METHODS[options.method],
+            noise=None if options.grid is None else GridNoise(options.grid),
+            map=engine.map,
+            progress=partial(tqdm, desc="certifying"),
+            log=folder / f"{name}.tsv",
+        )
     document = {
         "classifier": {**{key: card[key] for key in ("map", "network", "training", "arithmetic") if key in card}, "digest": digest},
         "data": options.data,
         "sigma": sigma,
         "method": options.method,
+        "grid": options.grid,
         "settings": dataclasses.asdict(settings),
         "images": len(certificates),
         **summarize(certificates),
@@ -98,7 +113,7 @@ def main(options):
     )
 
 
-def chosen_classifier(options):
+def chosen_classifier(options, shape):
     """What to certify, on its device, and what its file says of it."""
     check_device(options.device)
     if ":" in options.classifier and not Path(options.classifier).exists():
@@ -108,9 +123,13 @@ def chosen_classifier(options):
         classifier, card = load_with_card(Path(options.classifier), base)
     if isinstance(classifier, torch.nn.Module):
         classifier = classifier.to(options.device)
+        if options.grid is not None:
+            classifier = ExactNetwork(classifier, shape)
         return (integer_network(classifier) if options.integer else classifier), card
     if options.integer or options.device != "cpu":
         raise ArqError("ONNX Runtime runs here on the CPU, as the file says: leave out --integer and --device")
+    if options.grid is not None and not getattr(classifier, "exact", False):
+        raise ArqError("this is not known to give an image the same class in any batch: for --grid give an ONNX file on integers")
     return classifier, card
 
 

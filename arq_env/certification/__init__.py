@@ -12,6 +12,7 @@ from arq_env.certification.certificates import ABSTAINED, Certificates
 from arq_env.certification.compiled import CompiledNetwork
 from arq_env.certification.counting import Cohen, Randomized
 from arq_env.certification.digest import network_digest
+from arq_env.certification.grid import GridNoise
 from arq_env.certification.method import Method, Request
 from arq_env.certification.methods import METHODS
 from arq_env.certification.replaying import Incremental, Paired
@@ -25,6 +26,7 @@ __all__ = [
     "Certificates",
     "Cohen",
     "CompiledNetwork",
+    "GridNoise",
     "Incremental",
     "Method",
     "Paired",

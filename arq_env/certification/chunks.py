@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from arq_env.certification.grid import GridTable
 from arq_env.certification.inputs import (
     MOST_N,
     MOST_N0,
@@ -41,6 +42,7 @@ class Run:
 
     :param pixels: float32 [n, ...] in [0, 1]
     :param device: where batches go as tensors; None when they stay NumPy arrays
+    :param grid: draws the noise; None for float32 noise
     """
 
     classifier: Callable
@@ -53,6 +55,7 @@ class Run:
     batch_size: int
     map: Callable
     progress: Callable
+    grid: GridTable | None = None
 
 
 def checked_run(classifier, images, *, sigma, n0, n, seed, batch_size, map, progress) -> Run:
@@ -119,7 +122,7 @@ def run_in_chunks(task: Callable, run: Run, rows: np.ndarray, beside: Callable =
     """
     size = max(1, min(CHUNK, CHUNK_SAMPLES // run.n))
     chunks = _Chunks([part for part in np.split(rows, range(size, len(rows), size)) if len(part)], run.pixels, beside)
-    settings = {"sigma": run.sigma, "seed": run.seed, "batch_size": run.batch_size, "device": run.device}
+    settings = {"sigma": run.sigma, "seed": run.seed, "batch_size": run.batch_size, "device": run.device, "grid": run.grid}
     work, left = functools.partial(_work, task, run.classifier, settings), {part[0]: part for part in chunks.parts}
     for done in _results(run, work, chunks):
         if not isinstance(done, Done):

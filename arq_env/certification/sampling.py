@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from arq_env.certification.grid import GridTable
 from arq_env.certification.inputs import MOST_LABEL, as_array, first_line
 from arq_env.support.errors import ArqError
 from arq_env.support.files import sha256
@@ -24,11 +25,23 @@ class Sampler:
 
     :param images: float32 [b, ...] in [0, 1]
     :param indices: [b], what to call them in error messages
+    :param grid: draws the noise, for images on its grid; None for float32 noise
     """
 
-    def __init__(self, classifier: Callable, images, indices, *, sigma: float, seed: int, batch_size: int, device):
+    def __init__(
+        self,
+        classifier: Callable,
+        images,
+        indices,
+        *,
+        sigma: float,
+        seed: int,
+        batch_size: int,
+        device,
+        grid: GridTable | None = None,
+    ):
         self.classifier, self.indices, self.sigma, self.seed, self.batch_size = classifier, indices, sigma, seed, batch_size
-        self.device = device
+        self.device, self.grid = device, grid
         self.digests = [sha256(np.ascontiguousarray(image)) for image in images]
         self._channels_last = images.ndim == 4
         self._keep_layout = _reads_channels_last(classifier)
@@ -68,19 +81,28 @@ class Sampler:
         """
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
         predictions = np.empty(len(rows) * n, np.int64)
-        images = self._images
         for start in range(0, len(predictions), self.batch_size):
             places = np.arange(start, min(start + self.batch_size, len(predictions))) // n
-            noisy = np.empty((len(places), *images.shape[1:]), np.float32)
-            for place in range(places[0], places[-1] + 1):
-                here = slice(*np.searchsorted(places, (place, place + 1)))
-                self.stream(purpose, rows[place]).standard_normal(out=noisy[here], dtype=np.float32)
-            noisy *= np.float32(self.sigma)
-            noisy += images[rows[places]]
+            noisy = self._noisy(purpose, places, rows)
             batch = np.moveaxis(noisy, -1, 1) if self._channels_last else noisy
             batch = batch if self._keep_layout else np.ascontiguousarray(batch)
             predictions[start : start + len(places)] = self._classes(batch, rows[places])
         return predictions.reshape(len(rows), n)
+
+    def _noisy(self, purpose: int, places, rows) -> np.ndarray:
+        """The next noisy copies of the images ``rows[places]``, float32."""
+        noise = np.empty((len(places), *self._images.shape[1:]), np.float32 if self.grid is None else np.int32)
+        for place in range(places[0], places[-1] + 1):
+            here, stream = slice(*np.searchsorted(places, (place, place + 1))), self.stream(purpose, rows[place])
+            if self.grid is None:
+                stream.standard_normal(out=noise[here], dtype=np.float32)
+            else:
+                noise[here] = self.grid.draw(stream, noise[here].shape)
+        if self.grid is not None:
+            return self.grid.noisy(self._images[rows[places]], noise)
+        noise *= np.float32(self.sigma)
+        noise += self._images[rows[places]]
+        return noise
 
     @torch.inference_mode()
     def _classes(self, batch: np.ndarray, rows) -> np.ndarray:

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from arq_env.certification.bounds import smoothing_radius
 from arq_env.certification.certificates import ABSTAINED, CertificateLog, Certificates
 from arq_env.certification.chunks import checked_run, no_progress, run_in_chunks
 from arq_env.certification.digest import classifier_digest
+from arq_env.certification.grid import GridNoise
 from arq_env.certification.inputs import (
     MOST_N,
     MOST_N0,
@@ -23,6 +24,8 @@ from arq_env.certification.inputs import (
 )
 from arq_env.certification.method import Method, Request
 from arq_env.certification.methods import checked_method, refuse_options
+from arq_env.certification.replaying import Incremental, Paired
+from arq_env.support.errors import ArqError, shown
 from arq_env.support.files import checked_path, sha256
 
 
@@ -37,6 +40,7 @@ def certify(
     alpha: float = 0.001,
     seed: int = 0,
     method: Method | str = "cohen",
+    noise: GridNoise | None = None,
     batch_size: int | None = None,
     map: Callable = map,
     progress: Callable = no_progress,
@@ -50,7 +54,7 @@ def certify(
     prediction, within the radius around the image. The noise of an image follows from ``seed`` and the image's own
     pixels, so neither batch size nor the order of the images nor ``map`` changes what the classifier is asked; only where a
     classifier itself rounds differently in another batch can a near-tie between logits fall the other way. As everywhere in the
-    field, the statement is about exact Gaussian noise; this noise is float32.
+    field, the statement is about exact Gaussian noise, and this noise is float32; ``noise`` closes that gap.
 
     Methods, as objects that hold their own options, or by name where the default options will do:
 
@@ -72,6 +76,9 @@ def certify(
     :param alpha: probability that an image's certificate fails, whatever the method
     :param method: one of the above: ``"cohen"``, ``"randomized"``, ``"sequential"``, or an object such as
         ``Sequential(price=0.2)`` or ``Paired(cache)``
+    :param noise: None for float32 noise, or :class:`GridNoise`, with which the statement holds for what is computed: of 8-bit
+        images, by a classifier that gives an image the same class in any batch (docs/certifier.md). Not for ``Incremental`` and
+        ``Paired``
     :param batch_size: noisy images a forward pass; by default 32 on a CPU, whose caches larger batches overflow, else 1,024
     :param map: anything with the built-in ``map``'s calling sequence; calls run the classifier on a few images, and their results
         may come in any order. For worker processes, Dask or Ray take the ``map`` of
@@ -90,21 +97,33 @@ def certify(
     refuse_options(options)
     run = checked_run(classifier, images, sigma=sigma, n0=n0, n=n, seed=seed, batch_size=batch_size, map=map, progress=progress)
     labels, method = checked_labels(labels, len(run.pixels)), checked_method(method)
+    if noise is not None:
+        if not isinstance(noise, GridNoise):
+            raise ArqError(f"noise is {shown(noise)}: give a GridNoise, or None for float32 noise")
+        if isinstance(method, (Incremental, Paired)):
+            raise ArqError(
+                f"a cache holds predictions on float32 noise: leave noise out for {type(method).__name__}, or choose another method"
+            )
+        run = replace(run, pixels=noise.on_grid(run.pixels), grid=noise.table(run.sigma))
     request = Request(run.sigma, run.n0, run.n, checked_alpha(alpha), run.seed)
     method.check(request)
-    identity = functools.partial(_identity, run, checked_name(name), labels, request, method)
+    identity = functools.partial(_identity, run, checked_name(name), labels, request, method, noise)
     table = CertificateLog(None if log is None else checked_path("log", log), labels, identity)
     todo = np.setdiff1d(np.arange(len(run.pixels)), table.done)
-    task, beside = functools.partial(_certify, labels, request), functools.partial(_for_images, method, run.pixels)
+    # what draws of all pixels together may be away from the exact noise, as a probability
+    error = 0.0 if run.grid is None else run.grid.error * run.pixels[0].size
+    task, beside = functools.partial(_certify, labels, request, error), functools.partial(_for_images, method, run.pixels)
     for done in run_in_chunks(task, run, todo, beside):
         prediction, radius, drawn, draw = done.result
         table.append(done.rows, labels[done.rows], prediction, radius, drawn, draw, np.full(len(done.rows), done.seconds))
     return table.certificates()
 
 
-def _certify(labels, request: Request, sampler, rows, method: Method):
+def _certify(labels, request: Request, error: float, sampler, rows, method: Method):
     """One chunk: its columns prediction, radius, n and draw."""
     selected, lower, n, draw = method.bound(sampler, labels[rows], request)
+    if error:
+        lower = lower - error  # the bound is on the noise that is drawn
     # the last step of CERTIFY: a class whose probability may be 1/2 or less is not the only one that can be the most likely
     prediction = np.where(lower > 0.5, selected, ABSTAINED)
     return prediction, smoothing_radius(request.sigma, lower), n, draw
@@ -115,13 +134,14 @@ def _for_images(method: Method, pixels, rows) -> Method:
     return method.for_images(pixels[rows])
 
 
-def _identity(run, name, labels, request: Request, method: Method) -> dict:
+def _identity(run, name, labels, request: Request, method: Method, noise: GridNoise | None) -> dict:
     """What a log belongs to."""
     return asdict(request) | {
         "images": sha256(np.ascontiguousarray(run.pixels)),
         "labels": sha256(labels),
         "classifier": classifier_digest(run.classifier, name),
         **method.identity(),
+        **({} if noise is None else {"grid": noise.steps}),  # as in the logs that were written before there was a grid
     }
 
 

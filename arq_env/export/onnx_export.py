@@ -11,7 +11,7 @@ from arq_env.certification.inputs import device_of
 from arq_env.export.cards import quantized_layers, some_quantized_layers
 from arq_env.export.graph import MARK, Rewriter, export_card, layer_of, marked_model
 from arq_env.export.packages import onnx
-from arq_env.export.runtime import OnnxClassifier
+from arq_env.export.runtime import LARGEST, OnnxClassifier
 from arq_env.quantization.exact import exact_means
 from arq_env.quantization.modules import QuantizedLayer
 from arq_env.support.errors import ArqError
@@ -19,6 +19,8 @@ from arq_env.support.files import atomic_file
 
 node = onnx.helper.make_node
 INT2, INT4, INT8, INT32 = (getattr(onnx.TensorProto, name) for name in ("INT2", "INT4", "INT8", "INT32"))
+#: The zero point of weights as UINT8.
+MIDDLE = 128
 #: Images that a file is checked on when it is written, and the largest median difference of logits, as a share of the largest
 #: logit: single values within rounding of two codes move single images further.
 CHECKED, ROUNDING = 9, 1e-3
@@ -30,7 +32,8 @@ def save_onnx(
     """Write a network, quantized or FP32, for ONNX Runtime and whatever else reads ONNX; return the file as a classifier.
 
     Input: ``images``, float32 [batch, c, h, w] in [0, 1]; output: ``logits``, float32 [batch, classes]. Weights are stored as INT2,
-    INT4 (3 and 4 bits) or INT8 (5 to 8 bits); activations are rounded to UINT8 and, below 8 bits, clipped to their 2^bits codes.
+    INT4 (3 and 4 bits) or INT8 (5 to 8 bits; on integers UINT8 about 128 where one is beyond 64); activations are rounded to UINT8
+    and, below 8 bits, clipped to their 2^bits codes.
 
     :param network: from :func:`arq_env.quantization.load_quantized` or a quantizer, in evaluation mode; it is not changed
     :param card: goes into the metadata, see :func:`arq_env.export.graph.export_card`
@@ -142,7 +145,10 @@ def _write_integers(rewriter: Rewriter, layers: dict[str, QuantizedLayer]) -> No
                 f"layer {layer.name!r} reads its input by {there.op_type}, of which ONNX has no form on integers: export as onnx"
             )
         sums = f"{there.output[0]}_integers"
-        made = node(f"{there.op_type}Integer", [*there.input, _zero(rewriter, layer)], [sums])
+        zeros = [_zero(rewriter, layer)]
+        if _may_saturate(layer):
+            zeros.append(rewriter.constant("weight_zero", np.uint8(MIDDLE)))
+        made = node(f"{there.op_type}Integer", [*there.input, *zeros], [sums])
         made.attribute.extend(there.attribute)
         return [made, node("Cast", [sums], there.output, to=onnx.TensorProto.FLOAT)]
 
@@ -153,9 +159,20 @@ def _write_integers(rewriter: Rewriter, layers: dict[str, QuantizedLayer]) -> No
     )
 
 
+def _may_saturate(layer: QuantizedLayer) -> bool:
+    """Whether ONNX Runtime may sum the layer's weights wrongly as INT8."""
+    return int(layer.codes.abs().max()) > LARGEST
+
+
 def _integer_weight(rewriter, layer, output) -> list:
-    """Nodes that make of the stored weight the layer's codes, as INT8; they are folded when a session starts."""
+    """Nodes that make of the stored weight the layer's codes, as INT8; they are folded when a session starts.
+
+    Where those may saturate the weight is UINT8 about 128, which ONNX Runtime sums in 32 bits on every CPU.
+    """
     codes, turn = layer.codes.cpu().numpy(), np.transpose if layer.codes.dim() == 2 else np.asarray
+    if _may_saturate(layer):
+        stored = rewriter.constant(f"{layer.name}.weight", turn((codes.astype(np.int16) + MIDDLE).astype(np.uint8)))
+        return [node("Identity", [stored], [output])]
     stored = _stored(rewriter, layer, turn(codes))
     if layer.weight_bits > 4:
         return [node("Identity", [stored], [output])]

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from arq_env.quantization.modules import replace_module
+from arq_env.operations import record_operations
+from arq_env.quantization.modules import QuantizedLayer, replace_module
+from arq_env.support.errors import ArqError
 
 #: Operators whose results no processor, thread count or batch size changes in a quantized network: they move values, or round one
 #: product, one sum or one quotient; or they are replaced here or by integers.
@@ -24,6 +26,8 @@ EXACT = frozenset((
 # fmt: on
 
 
+#: Of quantized layers and norms in addition.
+_OF_LAYERS = frozenset(("_to_copy", "round_", "rsqrt"))
 #: So many numbers are summed in float64, where their order does not matter any more.
 LAST = 128
 
@@ -99,11 +103,45 @@ class _ExactMeans(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in self.MEANS and args[0].dtype == torch.float32 and "dtype" not in kwargs:
-            return function(*args, **kwargs, dtype=torch.float64).float()
-        if function in self.POOLS and args[0].dtype == torch.float32:
+        if function in (*self.MEANS, *self.POOLS) and args[0].dtype == torch.float32 and "dtype" not in kwargs:
+            # not by dtype=: the exporter to ONNX makes of that a mean of float32 that is turned into float64
             return function(args[0].double(), *args[1:], **kwargs).float()
         return function(*args, **kwargs)
+
+
+class ExactNetwork(nn.Module):
+    """A quantized network as one function of an image: the same logits in any batch, on any number of threads.
+
+    Sums of integers are exact, means are summed in float64, and all else is one rounded operation a value. It is what
+    :class:`arq_env.certification.GridNoise` is for.
+
+    :param network: in evaluation mode, on the CPU
+    :param input_shape: of one image, as [c, h, w]
+    :raises ArqError: where it has operators of which that is not known, layers that are not quantized or sums beyond 2^24, naming
+        them, and where it cannot be run
+    """
+
+    def __init__(self, network: nn.Module, input_shape: tuple[int, ...]):
+        super().__init__()
+        self.network = network
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, QuantizedLayer)}
+        for name, layer in layers.items():
+            if layer.largest_sum() >= 2**24 or layer.codes.device.type != "cpu":
+                raise ArqError(f"layer {name!r} can have sums of 2^24 or more, or is not on the CPU: its sums are not exact")
+        self.eval()
+        with torch.no_grad():
+            found = record_operations(self, torch.zeros(1, *input_shape))
+        if others := found.operators - EXACT - _OF_LAYERS:
+            raise ArqError(
+                f"the network uses {', '.join(sorted(others))}, which may round otherwise in another batch: it is not exact"
+            )
+        if floats := [name for name in found.macs if name not in layers]:
+            raise ArqError(f"the network multiplies in float32 ({', '.join(floats)}), not in integers alone: it is not exact")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits."""
+        with exact_means():
+            return self.network(images)
 
 
 @contextmanager
