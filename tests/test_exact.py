@@ -1,5 +1,6 @@
 """One map has one reward: on any number of threads, in any batch, with any of torch's kernels, on integers or floats."""
 
+import functools
 import json
 import os
 import subprocess
@@ -45,15 +46,21 @@ def test_threads_and_integer_kernels_change_no_bit(monkeypatch):
     assert one == two == floats
 
 
+@functools.cache
+def expected():
+    return rewards(256)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("capability, threads", [("default", 2), ("default", 4), ("avx2", 1), ("avx512", 1), ("avx512", 4)])
 def test_other_kernels_change_no_bit(capability, threads):
+    if capability == "avx512" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("needs a processor with AVX-512")
     setup = f"import torch, json; torch.set_num_threads({threads})"
     script = f"{setup}; from tests.test_exact import rewards; print(json.dumps(rewards(256)))"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(ran.stdout) == rewards(256)
+    assert json.loads(ran.stdout) == expected()
 
 
 def test_the_batch_size_changes_no_bit():
