@@ -1,5 +1,7 @@
-"""What setup.cfg cannot say: the folder ``agents`` is installed as ``arq_agents``, since other libraries install ``agents``, and the
-scripts of ``experiments``, without what lies in folders there, as ``arq_agents.commands``.
+"""What setup.cfg cannot say.
+
+The folder ``agents`` is installed as ``arq_agents``, since other libraries install ``agents``, and the scripts of ``experiments``,
+without what lies in folders there, as ``arq_agents.commands``.
 """
 
 from setuptools import find_packages, setup

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -44,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
             near = did_you_mean(option[1], self._option_string_actions)
         self.exit(2, f"error: {message}{near} (see --help)\n")
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse does; the options of ``--config`` come first, so that those given after them count."""
         given = sys.argv[1:] if args is None else [*args]
         first = OneLineParser(add_help=False, allow_abbrev=False)
