@@ -9,11 +9,12 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -29,15 +30,66 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse's, with mistakes in one line."""
+
     def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        """One line, as for every other mistake, with what may have been meant."""
+        from arq_env.support.errors import did_you_mean
+
+        near = ""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = did_you_mean(choice[1], re.findall(r"[^\s',]+", choice[2]))
+        elif option := re.search(r"unrecognized arguments: (--[^\s=]+)", message):
+            near = did_you_mean(option[1], self._option_string_actions)
+        self.exit(2, f"error: {message}{near} (see --help)\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does; the options of ``--config`` come first, so that those given after them count."""
+        given = sys.argv[1:] if args is None else [*args]
+        first = OneLineParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", type=Path)
+        first.add_argument("--quiet", action="store_true")
+        known, rest = first.parse_known_args(given)
+        if known.quiet:
+            os.environ["TQDM_DISABLE"] = "1"
+        if known.config:
+            given = _recorded(known.config) + rest
+            if args is None:
+                sys.argv[1:] = given  # what the results say that they were made with
+        return super().parse_args(given, namespace)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring and every default."""
-    return _OneLineParser(description=description, formatter_class=_Defaults, allow_abbrev=False)
+    from arq_env.support.provenance import program
+
+    new = OneLineParser(prog=" ".join(program()), description=description, formatter_class=_Defaults, allow_abbrev=False)
+    new.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="a run's config.json, or another result: take the options that it was made with; those given here count",
+    )
+    new.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars")
+    return new
+
+
+def _recorded(path: Path) -> list[str]:
+    """The options of the command line that a file of results says it was made with.
+
+    :raises ArqError: when it says none
+    """
+    from arq_env.support.errors import ArqError, reason
+    from arq_env.support.files import read_json
+
+    try:
+        command = shlex.split(read_json(path / "config.json" if path.is_dir() else path)["provenance"]["command"])
+        return command[2:]  # without what was called
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArqError(
+            f"{path} does not say how it was made ({reason(error)}): give the config.json of a run folder of this version"
+        ) from error
 
 
 def whole(least: int, most: int = 2**32 - 1) -> Callable[[str], int]:
@@ -217,15 +269,16 @@ def add_environment(
     from arq_env.registration import DEFAULT
     from arq_env.support.settings import MAX_BITS, MIN_BITS
 
-    parser.add_argument("--env", default=DEFAULT, help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
+    group = parser.add_argument_group("the environment")
     add_problem(parser)
+    group.add_argument("--env", default=DEFAULT, help="its id; ARQ-ResNet20-Signs-v0 downloads nothing")
     for name, what in (
         ("images", "reward images of an evaluation"),
         ("calibration-images", "training images that ranges come from"),
     ):
-        parser.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{what} (default: the id's, or what there is)")
+        group.add_argument(f"--{name}", type=whole(1), metavar="N", help=f"{what} (default: the id's, or what there is)")
     if budget is not None:
-        parser.add_argument(
+        group.add_argument(
             "--budget",
             type=limit,
             nargs="+",
@@ -234,7 +287,7 @@ def add_environment(
             metavar="LIMIT",
             help="bit operations, as a fraction of FP32's; or several of bops=0.01 bytes=120000 latency=3.5:milliseconds.json",
         )
-    parser.add_argument(
+    group.add_argument(
         "--fix",
         nargs="*",
         type=_fixed,
@@ -243,32 +296,33 @@ def add_environment(
         help="layers (first, last, or by name, * for any part) whose weight and activation bits are not chosen, and these "
         "(default: first=8/8 last=8/8; alone: none)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--bits", nargs="+", type=int, metavar="BITS", help="bit-widths that there are, such as 2 4 8 (default: 2 to 8)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--sigma",
         type=float,
         default=0.5,
         help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
     )
-    parser.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
-    parser.add_argument(
+    group.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
+    group.add_argument(
         "--regained-bits",
         type=whole(0, MAX_BITS - MIN_BITS),
         default=regained_bits,
         help="judge maps with weights so many bits finer: 1 for a map to fine-tune (finalize.py), 0 for one to use as it is",
     )
-    parser.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; an agent stays on the CPU")
+    group.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; an agent stays on the CPU")
 
 
 def add_finishing(parser: argparse.ArgumentParser) -> None:
     """The options of the short recipe and of the certificates in :mod:`arq_agents.finishing`."""
     from arq_env.support.settings import CONFIRMING_STEPS
 
-    parser.add_argument("--steps", type=whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
-    parser.add_argument("--every", type=whole(1), default=10, help="certify it on every so many-th test image")
-    parser.add_argument("--n", type=whole(10), default=200, help="noise samples that count a class there")
+    group = parser.add_argument_group("fine-tuning and certificates")
+    group.add_argument("--steps", type=whole(1), default=CONFIRMING_STEPS, help="batches of fine-tuning for each map")
+    group.add_argument("--every", type=whole(1), default=10, help="certify it on every so many-th test image")
+    group.add_argument("--n", type=whole(10), default=200, help="noise samples that count a class there")
 
 
 def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
@@ -276,13 +330,14 @@ def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
 
     :param what: is done several at a time
     """
-    parser.add_argument(
+    group = parser.add_argument_group("the machine")
+    group.add_argument(
         "--engine",
         metavar="ENGINE",
         help=f"what runs {what}, each on one thread: serial, processes[:NUMBER], dask[:ADDRESS] or ray[:ADDRESS] "
         "(default: processes, as many as torch has threads; on a GPU serial)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--processes",
         dest="engine",
         type=_processes,
@@ -314,20 +369,22 @@ def search_options(algorithm: str) -> argparse.Namespace:
     own = parser(f"Search a bit-width map with {name}. Stop it at any time: the same command goes on.")
     add_environment(own, budget=1 / 64)
     few = ", ".join(f"or {episodes} on {env}" for env, episodes in OF_ENVIRONMENT.items())
-    own.add_argument("--episodes", type=whole(1), help=f"maps to try (default: {EPISODES}, {few})")
-    own.add_argument("--seed", type=whole(0), default=0, help="of the search")
-    own.add_argument(
+    group = own.add_argument_group("the search")
+    group.add_argument("--episodes", type=whole(1), help=f"maps to try (default: {EPISODES}, {few})")
+    group.add_argument("--seed", type=whole(0), default=0, help="of the search")
+    group.add_argument(
         "--add", nargs="+", choices=LEVERS, default=[], metavar="LEVER", help=f"what to add to the search: {', '.join(LEVERS)}"
     )
-    own.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
-    own.add_argument(
+    group.add_argument("--output", type=Path, help="run folder (default: runs/ and a name made of the settings)")
+    group = own.add_argument_group("after the search")
+    group.add_argument(
         "--test-images",
         type=whole(0),
         default=200,
         help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
-    own.add_argument("--test-n", type=whole(10), default=200, help="noise samples counted for each of them")
-    own.add_argument(
+    group.add_argument("--test-n", type=whole(10), default=200, help="noise samples counted for each of them")
+    group.add_argument(
         "--finish",
         type=whole(1),
         nargs="?",

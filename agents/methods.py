@@ -5,9 +5,11 @@ Names and numbers only, so that a command line that shows them imports no torch.
 
 from arq_env.support.errors import ArqError
 
-#: stable-baselines3's algorithms; all that learn, with the published search as rebuilt in :mod:`arq_agents.haq`; and the others.
+#: stable-baselines3's algorithms.
 LEARNERS = ("ddpg", "td3", "sac")
+#: All that learn: these and the published search, as rebuilt in :mod:`arq_agents.haq`.
 AGENTS = (*LEARNERS, "arq")
+#: Those that do not learn.
 SEARCHES = ("uniform", "random", "greedy", "integer_program", "evolution", "parzen")
 WITH_OPTUNA = ("evolution", "parzen")
 #: Those that propose the same maps whatever their rewards are.

@@ -97,7 +97,7 @@ class ArqEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     `gym.make("ARQ-ResNet20-v0", sigma=0.5, training="gaussian", budget=0.015625, device="cpu")`, `render_mode`
     (`"ansi"`, `"rgb_array"`, or `"human"`, which is Gymnasium's `HumanRendering` and needs pygame), and the reward certifier's
     `images`, `n0`, `n`, `alpha`, `seed`, `reward_method` and `regained_bits` (see
-    :class:`arq_env.evaluation.CertifierSettings`). `budget` is a fraction of FP32's bit operations, or limits by kind that hold
+    :class:`arq_env.rewards.CertifierSettings`). `budget` is a fraction of FP32's bit operations, or limits by kind that hold
     together: `{"bops": 0.01, "bytes": 120_000, "latency": {"milliseconds": 3.5, "table": "times.json"}}`, see
     :mod:`arq_env.budget`. `fix={"first": "8/8", "last": "8/8", "head.*": "4/8"}` says which layers are fixed and at which
     weight and activation bits, `bits=[2, 4, 8]` which bit-widths there are (:func:`arq_env.bitwidths.restrict`).
@@ -319,7 +319,7 @@ def make_env(
     :param network, data, sigma, training, checkpoint, normalize, keep: as for :func:`arq_env.problem.load_problem`
     :param network_arguments, image_size, flip, reward_images, fix, bits, device: likewise
     :param render_mode: as for :class:`ArqEnv`, or "human" for Gymnasium's window around it
-    :param settings: fields of :class:`arq_env.evaluation.CertifierSettings`; for data of one's own the defaults are those of
+    :param settings: fields of :class:`arq_env.rewards.CertifierSettings`; for data of one's own the defaults are those of
         :func:`arq_env.rewards.settings_for`
     :raises ArqError: for an unknown argument or one out of range, a missing checkpoint or a budget that cannot be met
     """

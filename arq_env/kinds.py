@@ -49,18 +49,26 @@ class Kind:
 
 
 class Conv1d(Kind):
+    """:class:`torch.nn.Conv1d`, also grouped, depthwise and dilated."""
+
     module = nn.Conv1d
 
 
 class Conv2d(Kind):
+    """:class:`torch.nn.Conv2d`, also grouped, depthwise and dilated."""
+
     module = nn.Conv2d
 
 
 class Conv3d(Kind):
+    """:class:`torch.nn.Conv3d`, also grouped, depthwise and dilated."""
+
     module = nn.Conv3d
 
 
 class ConvTranspose2d(Kind):
+    """:class:`torch.nn.ConvTranspose2d`."""
+
     name, module, transposed = "transposed", nn.ConvTranspose2d, True
     geometry = ("stride", "padding", "dilation", "groups", "output_padding", "kernel_size", "padding_mode")
 
@@ -75,6 +83,8 @@ class ConvTranspose2d(Kind):
 
 
 class Linear(Kind):
+    """:class:`torch.nn.Linear`."""
+
     name, module, geometry = "linear", nn.Linear, ()
 
     @classmethod

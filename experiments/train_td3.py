@@ -1,4 +1,4 @@
-"""Search a bit-width map with stable-baselines3's TD3; see --help."""
+"""Search a bit-width map with stable-baselines3's TD3."""
 
 from arq_agents import command_line
 

@@ -30,10 +30,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
+        """As its files are called, without their suffix."""
         network, dataset = (re.sub(r"[^\w.]+", "-", part).strip("-") for part in (self.network, self.dataset))
         return f"{network}-{dataset}-sigma{self.sigma:g}-{self.training}"
 
     def path(self, folder: Path = SHIPPED) -> Path:
+        """Where its weights lie."""
         return Path(folder) / f"{self.name}.safetensors"
 
 

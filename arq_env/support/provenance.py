@@ -21,16 +21,21 @@ def provenance(packages: tuple[str, ...] = PACKAGES) -> dict:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": shlex.join(["python", *_relative(sys.argv)]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "versions": versions | {"python": platform.python_version()},
         "hardware": _hardware(),
     }
 
 
-def _relative(arguments: list[str]) -> list[str]:
-    """The script as it would be called from the folder above it: no path of this machine."""
-    script = Path(arguments[0])
-    return [f"{script.parent.name}/{script.name}" if script.suffix == ".py" else script.name, *arguments[1:]]
+def program() -> list[str]:
+    """How this process was called, without its arguments and any path of this machine.
+
+    A script as from the folder above it, such as ``["python", "experiments/export.py"]``, or ``["arq-env", "export"]``.
+    """
+    script, spec = Path(sys.argv[0]), getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.parent == "arq_agents.commands":
+        return ["arq-env", script.stem.replace("_", "-")]
+    return ["python", f"{script.parent.name}/{script.name}" if script.suffix == ".py" else script.name]
 
 
 def _hardware() -> str:
