@@ -94,7 +94,8 @@ class Evaluator:
         """What few bits cost in each place, measured at first use by :func:`arq_env.sensitivity.forward_passes`, as many
         as about 40 evaluations of ResNet-20 on CIFAR-10 make with the default settings.
         """
-        measured, skipped = measure_sensitivities(self.divergence), self.settings.regained_bits
+        spread = self.engine.map if self.rounding == "exact" else map
+        measured, skipped = measure_sensitivities(self.divergence, spread), self.settings.regained_bits
         return {
             (layer, kind): effects[skipped:] + effects[-1:] * skipped if kind == "weight" else effects
             for (layer, kind), effects in measured.items()

@@ -1,5 +1,8 @@
 """How far few bits drive a network's predictions from FP32's: of a whole map, and of one place, for searches that add these up."""
 
+import builtins
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -7,6 +10,7 @@ from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, complete, free_layers
 from arq_env.layers import Layer
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
+from arq_env.quantization.exact import exact_means
 from arq_env.support.batches import batch_size
 
 #: Bit-widths that are measured; from the last of them on a bit more is taken to divide the effect by four, as it does the
@@ -38,25 +42,28 @@ class Divergence:
 
     def __call__(self, bit_widths: BitWidthMap) -> float:
         """The divergence of a whole map."""
-        got = _log_probabilities(self.quantizer.quantize(bit_widths), self._images)
+        with exact_means():
+            got = _log_probabilities(self.quantizer.quantize(bit_widths), self._images)
         return F.kl_div(got, self._target, reduction="batchmean", log_target=True).item()
 
 
-def measure_sensitivities(divergence: Divergence) -> Sensitivities:
+def measure_sensitivities(divergence: Divergence, map: Callable = builtins.map) -> Sensitivities:
     """The divergence of few bits in one place and 8 elsewhere, less that of 8 bits everywhere.
 
     A place is the weights of a free layer, or the activations it reads (once where layers share them). The distance is that of
     CLADO and of HAWQ's successors that use no Hessian; the layers are taken to add up.
 
+    :param map: makes the calls, such as that of :func:`arq_env.support.engines.engine`
     :return: place to [7] divergences in nats, for 2 to 8 bits, not negative and not rising
     """
     layers, untouched = divergence.layers, Bits(MAX_BITS, MAX_BITS)
     widest = dict.fromkeys((layer.name for layer in layers), untouched)
-    least = divergence(widest)
+    least = divergence(widest)  # first, so that workers get the steps of 8 bits
+    chosen = [{layer: untouched._replace(**{kind: b})} for layer, kind in places(layers) for b in MEASURED]
+    found = iter(map(divergence, [complete(widest | one, layers) for one in chosen]))
     table: Sensitivities = {}
     for layer, kind in places(layers):
-        chosen = ({layer: untouched._replace(**{kind: b})} for b in MEASURED)
-        measured = [max(divergence(complete(widest | one, layers)) - least, 0.0) for one in chosen]
+        measured = [max(next(found) - least, 0.0) for _ in MEASURED]
         rest = [measured[-1] / 4 ** (b - MEASURED[-1]) for b in range(MEASURED[-1] + 1, MAX_BITS)]
         falling = [*measured, *rest, 0.0]
         table[layer, kind] = [max(falling[i:]) for i in range(len(falling))]  # noise must not make a bit worth less than none

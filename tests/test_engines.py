@@ -154,6 +154,12 @@ def test_worker_processes_change_nothing():
     assert pickle.loads(pickle.dumps(there)).engine.workers == 1
 
 
+def test_sensitivities_are_the_same_in_worker_processes():
+    env, alone = make_toy_env(), make_toy_env()
+    with engine("processes:2") as env.evaluator.engine:
+        assert env.evaluator.rounding == "exact" and env.sensitivities == alone.sensitivities
+
+
 def test_a_search_in_worker_processes_leaves_the_same_trace(tmp_path, monkeypatch):
     """The workers are told from one here: what is asked of them, in which order, is the search's."""
     asked, env = [], make_toy_env()
