@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from tests.end_to_end.scripts import ROOT, assert_one_line_error, kill, lines, script
+from tests.own import arguments_of
 
-SHORT = ["--env", "ARQ-ResNet20-Signs-v0", "--episodes", "22", "--test-images", "10", "--test-n", "50"]
+#: Evaluations of a tenth of the images.
+FEW = ["--images", "200", "--calibration-images", "64"]
+SHORT = ["--env", "ARQ-ResNet20-Signs-v0", *FEW, "--episodes", "22", "--test-images", "10", "--test-n", "50"]
+
+
+def small():
+    """A network that takes a hundredth of a ResNet-20's time, as options."""
+    given = arguments_of("ARQ-Custom-v0")
+    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @pytest.mark.slow
@@ -65,15 +74,15 @@ def test_from_search_to_report_in_one_command(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_ddpg", "train_sac", "solve_integer_program"])
 def test_other_searches_run(tmp_path, name):
-    done = script(name, *SHORT[:2], "--episodes", "3", "--test-images", "0", "--output", tmp_path)
+    done = script(name, *small(), "--episodes", "3", "--test-images", "0", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(lines(tmp_path / "trace.jsonl")) == 3
+    assert 1 <= len(lines(tmp_path / "trace.jsonl")) <= 3  # an integer program may have one optimum
 
 
 @pytest.mark.slow
 def test_an_agent_with_levers(tmp_path):
     added = shlex.split("--add features demonstrations --regained-bits 1")
-    done = script("train_sac", *SHORT[:2], "--episodes", "4", "--test-images", "0", *added, "--output", tmp_path)
+    done = script("train_sac", *small(), "--episodes", "4", "--test-images", "0", *added, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "config.json").read_text())["algorithm"] == "sac+features+demonstrations"
     assert len(lines(tmp_path / "trace.jsonl")) == 4
@@ -110,7 +119,7 @@ def test_comparing_mistakes(called, tmp_path):
 def test_searches_are_compared_and_resumed(tmp_path):
     """Two searches in two processes, their maps finished; the same command again evaluates nothing and says the same."""
     command = shlex.split("compare_searches --env ARQ-ResNet20-Signs-v0 --training gaussian --methods uniform random --seeds 2")
-    command += ["--episodes", "2", "--processes", "2", "--output", tmp_path, *shlex.split("--steps 2 --every 100 --n 20")]
+    command += [*FEW, "--episodes", "2", "--processes", "2", "--output", tmp_path, *shlex.split("--steps 2 --every 100 --n 20")]
     done = script(*command)
     assert done.returncode == 0, done.stderr
     assert "| uniform | 0 |" in done.stdout and "| random | 0 |" in done.stdout
