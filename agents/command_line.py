@@ -391,7 +391,7 @@ def search_options(algorithm: str) -> argparse.Namespace:
         const=CONFIRMING_STEPS,
         metavar="BATCHES",
         help=f"then fine-tune the found map so briefly (alone: {CONFIRMING_STEPS} batches; finalize.py makes the network to ship), "
-        "certify it beside FP32 and the best uniform bits within the budget, and write a report",
+        "certify it beside FP32 and the best uniform bits within the budget, export it, and write a report",
     )
     add_engine(own, "parts of evaluations and certificates")
     options = own.parse_args()

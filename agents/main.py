@@ -14,8 +14,9 @@ from arq_env import ArqError
 from arq_env.bitwidths import BitWidthMap, uniform
 from arq_env.comparison import Comparison, certify_on_test_images, compare_maps
 from arq_env.env import ArqEnv, arq_env_of
+from arq_env.export.formats import write_format
 from arq_env.finishing import finished_network
-from arq_env.quantization import model_bytes
+from arq_env.quantization import load_quantized, model_bytes
 from arq_env.registration import ENVIRONMENTS
 from arq_env.report.page import write_report
 from arq_env.report.run import read_run
@@ -132,8 +133,8 @@ def _compared(env: ArqEnv, maps: dict[str, BitWidthMap], folder: Path, options: 
 
 
 def _finish(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
-    """Certify FP32, the best uniform map within the budget, the found map, and that fine-tuned; print the table, what it says, and
-    the path of the report.
+    """Certify FP32, the best uniform map within the budget, the found map, and that fine-tuned; print the table and what it says;
+    export the fine-tuned network, and write the report.
     """
     print("\nuniform bits within the budget, judged like the search's maps:")
     even = search("uniform", env, episodes=UNIFORM_MAPS, folder=folder / "uniform", config={"env": options.env}).bit_widths
@@ -157,6 +158,12 @@ def _finish(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespac
     sizes = {one: model_bytes(env.problem.network, env.layers, comparison.maps.get(one)) for one in comparison.certificates}
     print(comparison_table(comparison, sizes))
     print(f"\n{verdict('found', name, *comparison.difference('found', name))}")
+    network, card = load_quantized(folder / "finished" / "network.safetensors", env.problem.network)
+    for form in ("packed", "onnx"):
+        try:
+            print(f"{form}: {write_format(form, network, folder / 'finished', card, env.problem.dataset.image_shape)}")
+        except ArqError as error:  # the result stands without it
+            print(f"{form}: not written ({error})")
     try:
         report = write_report(
             [read_run(folder, read_trace(folder / "trace.jsonl"))], folder / "report", lambda _: env.problem.dataset

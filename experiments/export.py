@@ -9,16 +9,10 @@ from pathlib import Path
 
 from arq_agents import command_line
 
-FORMATS = {
-    "onnx": "network.onnx",
-    "integer": "network.integer.onnx",
-    "qonnx": "network.qonnx.onnx",
-    "packed": "network.arq.safetensors",
-    "mapping": "mapping.json",
-}
-
 
 def parse():
+    from arq_env.export.formats import FORMATS
+
     parser = command_line.parser(__doc__)
     parser.add_argument("run", type=Path, help="run folder of finalize.py, or its network.safetensors")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to write")
@@ -32,9 +26,8 @@ def parse():
 
 options = command_line.start(__name__, parse)
 
+from arq_env.export.formats import write_format
 from arq_env.export.loading import import_network, load_with_card
-from arq_env.export.mapping import save_mapping
-from arq_env.export.packed import save_packed
 
 
 def main(options):
@@ -42,25 +35,8 @@ def main(options):
     network, card = load_with_card(options.run, base)
     folder = options.output or (options.run if options.run.is_dir() else options.run.parent)
     for name in options.format:
-        path = folder / FORMATS[name]
-        write(name, network, path, card, tuple(options.input_shape))
+        path = write_format(name, network, folder, card, tuple(options.input_shape))
         print(f"{path}: {path.stat().st_size:,} bytes")
-
-
-def write(name, network, path, card, input_shape):
-    """One file."""
-    if name == "packed":
-        save_packed(network, path, card)
-    elif name == "mapping":
-        save_mapping(network, path, card)
-    elif name == "qonnx":
-        from arq_env.export.qonnx_export import save_qonnx
-
-        save_qonnx(network, path, card, input_shape=input_shape)
-    else:
-        from arq_env.export.onnx_export import save_onnx
-
-        save_onnx(network, path, card, input_shape=input_shape, integers=name == "integer")
 
 
 if __name__ == "__main__":

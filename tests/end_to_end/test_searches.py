@@ -60,11 +60,14 @@ def test_main_job_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 def test_from_search_to_report_in_one_command(tmp_path):
     pytest.importorskip("vl_convert")
+    pytest.importorskip("onnx")
     done = script("train_td3", *SHORT, "--budget", "0.007", "--finish", "2", "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines() if "+-" in line]
     assert (rows[0], rows[2:]) == ("FP32", ["found", "finished"]) and rows[1].startswith("W")
-    *_, sentence, report = done.stdout.splitlines()
+    *_, sentence, packed, onnx, report = done.stdout.splitlines()
+    assert packed == f"packed: {tmp_path / 'run' / 'finished' / 'network.arq.safetensors'}"
+    assert onnx == f"onnx: {tmp_path / 'run' / 'finished' / 'network.onnx'}"
     assert sentence.startswith("The found map ") and "two standard errors" in sentence
     assert report == f"report: {tmp_path / 'run' / 'report' / 'report.html'}" and (tmp_path / "run/report/report.html").exists()
     networks = json.loads((tmp_path / "run" / "certificates.json").read_text())["networks"]
