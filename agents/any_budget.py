@@ -172,7 +172,7 @@ def read_agent_config(run: Path) -> dict:
 
 def learned_on(run: Path) -> dict:
     """What an agent for all budgets learned on: ``env, sigma, training, regained_bits``, as a command line gives them, and
-    ``problem``, the arguments of a network of one's own, ``fix`` and ``bits``.
+    ``problem``, the arguments of a network of one's own, ``fix``, ``bits`` and how many images an evaluation took.
 
     :return: without what the folder does not say, such as the training in one that no script made
     :raises ArqError: as :func:`read_agent_config`
@@ -180,10 +180,12 @@ def learned_on(run: Path) -> dict:
     config = read_agent_config(run)
     certifier, made_with = config.get("certifier"), config.get("provenance")
     found = {name: config.get(name) for name in ("env", "sigma", "training")}
-    found["regained_bits"] = certifier.get("regained_bits") if isinstance(certifier, dict) else None
+    certifier = certifier if isinstance(certifier, dict) else {}
+    found["regained_bits"] = certifier.get("regained_bits")
     problem = made_with.get("problem") if isinstance(made_with, dict) else None
     own = {name: value for name, value in problem.items() if name != "digests"} if isinstance(problem, dict) else {}
     own |= {name: config[name] for name in ("fix", "bits") if config.get(name) is not None}
+    own |= {name: certifier[name] for name in ("images", "calibration_images") if name in certifier}
     found["problem"] = own or None
     kinds = {"problem": dict, "env": str, "sigma": int | float, "training": str, "regained_bits": int}
     return {name: value for name, value in found.items() if isinstance(value, kinds[name]) and not isinstance(value, bool)}

@@ -30,7 +30,7 @@ from arq_env import ArqError
 def main(options):
     known = learned_on(options.agent)
     if options.env is None and not command_line.own_arguments(options):  # else elsewhere
-        given = {name: value for name in ("fix", "bits") if (value := getattr(options, name)) is not None}
+        given = {name: value for name in command_line.IF_GIVEN if (value := getattr(options, name)) is not None}
         vars(options).update(known.get("problem", {}) | given)
     for name in ("env", "sigma", "training", "regained_bits"):
         if getattr(options, name) is None:

@@ -166,7 +166,7 @@ def test_searches_are_compared_and_resumed(tmp_path):
 @pytest.mark.slow
 def test_one_agent_exports_a_map_for_each_budget(tmp_path):
     command = shlex.split("train_any_budget --env ARQ-ResNet20-Signs-v0 --training gaussian --episodes 2 --low 0.01 --high 0.015")
-    done = script(*command, "--budgets", "0.01", "0.015", "--output", tmp_path)
+    done = script(*command, *FEW, "--budgets", "0.01", "0.015", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
     assert [row["budget"] for row in rows] == [0.01, 0.015] and all(row["bops_fraction"] <= row["budget"] for row in rows)
