@@ -393,8 +393,17 @@ def search_options(algorithm: str) -> argparse.Namespace:
         help=f"then fine-tune the found map so briefly (alone: {CONFIRMING_STEPS} batches; finalize.py makes the network to ship), "
         "certify it beside FP32 and the best uniform bits within the budget, export it, and write a report",
     )
+    if algorithm == "integer_program":
+        group.add_argument(
+            "--target",
+            type=float,
+            metavar="SHARE",
+            help="in place of --budget: the cheapest map whose ACR on held-out images is at least this share of FP32's, such as 0.99",
+        )
     add_engine(own, "parts of evaluations and certificates")
     options = own.parse_args()
+    if getattr(options, "target", None) is not None and (options.finish or options.budget != own.get_default("budget")):
+        own.error("--target finds the budget, and does not fine-tune: leave --budget and --finish out, and go on with finalize.py")
     if options.finish and not options.test_images:
         own.error("--finish certifies on test images: give --test-images at least 1")
     if options.episodes is None:

@@ -25,8 +25,12 @@ from arq_env.support.engines import Engine, engine
 from arq_env.support.files import write_json
 from arq_env.support.settings import TestSettings
 
+from .baselines import least_sensitive
 from .command_line import IF_GIVEN, budget_name, label, own_arguments
+from .equal_cost import share_sensitivities
+from .run_folder import export_map
 from .search import search
+from .target import cheapest
 from .trace import Episode, read_trace
 
 #: The uniform network that every found map is compared with.
@@ -42,6 +46,8 @@ def main(options: argparse.Namespace) -> None:
 
     :param options: of :func:`arq_agents.command_line.search_options`
     """
+    if getattr(options, "target", None) is not None:
+        return reach(options)
     algorithm = options.algorithm
     trained = "" if options.training == "gaussian" else f"-{options.training}"
     problem = f"{options.env}{label(options)}-budget{budget_name(options.budget)}-sigma{options.sigma:g}{trained}"
@@ -67,7 +73,32 @@ def main(options: argparse.Namespace) -> None:
         if options.finish:
             _finish(base, best, folder, options)
         elif options.test_images:
-            _certify(base, best, folder, options)
+            _certify(base, best.bit_widths, folder, options)
+
+
+def reach(options: argparse.Namespace) -> None:
+    """Find the cheapest map of the integer program that keeps ``options.target`` of FP32's ACR; export and certify it."""
+    trained = "" if options.training == "gaussian" else f"-{options.training}"
+    name = f"target{options.target:g}-{options.env}{label(options)}-sigma{options.sigma:g}{trained}-seed{options.seed}"
+    folder, env = options.output or Path("runs") / name, arq_env_of(make_env(options))
+    with engine_of(options) as env.evaluator.engine:
+        share_sensitivities(env.evaluator, folder)
+
+        def propose(budget: float) -> BitWidthMap:
+            return least_sensitive(env, env.sensitivities, budget=env.default_budget.at(budget))
+
+        reached = cheapest(env, propose, options.target)
+        metrics = {"target": options.target} | {key: value for key, value in vars(reached).items() if key != "bit_widths"}
+        export_map(folder, env, reached.bit_widths, env.default_budget.at(reached.budget).spec, metrics)
+        print(layer_table(env.layers, reached.bit_widths))
+        low, high = reached.interval
+        print(
+            f"\n{env.default_budget.at(reached.budget)} keeps {reached.ratio:.4f} of FP32's ACR on held-out images, and "
+            f"{reached.fresh_ratio:.4f} ({low:.4f} to {high:.4f}, 95%) on fresh draws; {reached.evaluations} evaluations"
+        )
+        print(f"exported: {folder / 'bit_widths.json'}")
+        if options.test_images:
+            _certify(env, reached.bit_widths, folder, options)
 
 
 def estimated_hours(env: ArqEnv, episodes: int) -> float:
@@ -109,10 +140,10 @@ def engine_of(options: argparse.Namespace) -> contextlib.AbstractContextManager[
     return engine(options.engine or ("processes" if on_cpu else "serial"))
 
 
-def _certify(env: ArqEnv, best: Episode, folder: Path, options: argparse.Namespace) -> None:
+def _certify(env: ArqEnv, found: BitWidthMap, folder: Path, options: argparse.Namespace) -> None:
     """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
     even = uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS)
-    comparison = _compared(env, {f"W{UNIFORM_BITS}A{UNIFORM_BITS}": even, "found": best.bit_widths}, folder, options)
+    comparison = _compared(env, {f"W{UNIFORM_BITS}A{UNIFORM_BITS}": even, "found": found}, folder, options)
     print(comparison_table(comparison))
     write_json(folder / "certificates.json", comparison.document(env.evaluator))
 
