@@ -398,7 +398,7 @@ def search_options(algorithm: str) -> argparse.Namespace:
             "--target",
             type=float,
             metavar="SHARE",
-            help="in place of --budget: the cheapest map whose ACR on held-out images is at least this share of FP32's, such as 0.99",
+            help="in place of --budget: the cheapest map that keeps this share of FP32's ACR on held-out images, such as 0.99",
         )
     add_engine(own, "parts of evaluations and certificates")
     options = own.parse_args()
