@@ -93,8 +93,8 @@ def reach(options: argparse.Namespace) -> None:
         print(layer_table(env.layers, reached.bit_widths))
         low, high = reached.interval
         print(
-            f"\n{env.default_budget.at(reached.budget)} keeps {reached.ratio:.4f} of FP32's ACR on held-out images, and "
-            f"{reached.fresh_ratio:.4f} ({low:.4f} to {high:.4f}, 95%) on fresh draws; {reached.evaluations} evaluations"
+            f"\n{env.default_budget.at(reached.budget)} keeps {reached.ratio:.4f} of FP32's ACR on half of the reward images, and "
+            f"{reached.fresh_ratio:.4f} ({low:.4f} to {high:.4f}, 95%) on parts of the other; {reached.evaluations} evaluations"
         )
         print(f"exported: {folder / 'bit_widths.json'}")
         if options.test_images:

@@ -1,7 +1,7 @@
 """The cheapest map that keeps a share of FP32's certified radius: a bisection over budgets."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,8 +24,8 @@ class Reached:
     """What a bisection found.
 
     :param budget: the least that it found to be enough, in the measure of its kind
-    :param ratio: ACR over FP32's on the held-out images that the map was chosen on
-    :param fresh_ratio: the mean of that on draws of images, noise and calibration images that decided nothing
+    :param ratio: ACR over FP32's on half of the reward images, by which the map was chosen
+    :param fresh_ratio: the mean of that on parts of the other half, with other noise and calibration images
     :param interval: 95% t interval of ``fresh_ratio``
     :param evaluations: of maps, those on fresh draws included
     """
@@ -39,9 +39,10 @@ class Reached:
 
 
 def cheapest(env: ArqEnv, propose: Callable[[float], BitWidthMap], target: float) -> Reached:
-    """The map of the least budget at which a searcher's map keeps ``target`` of FP32's ACR on held-out images.
+    """The map of the least budget at which a searcher's map keeps ``target`` of FP32's ACR.
 
-    Maps that keep more are taken to cost more, which noise can undo near the target; so the map is judged again on fresh draws.
+    Maps that keep more are taken to cost more, which noise can undo near the target; so the map is judged again, on images that
+    decided nothing.
 
     :param propose: gives a map for a budget, in the measure of the environment's
     :param target: a share of FP32's ACR, such as 0.99
@@ -52,7 +53,8 @@ def cheapest(env: ArqEnv, propose: Callable[[float], BitWidthMap], target: float
     if not isinstance(env.default_budget, OneBudget):
         raise ArqError(f"the budget is {env.default_budget}: give a target for one kind of cost")
     costs = [env.default_budget.amount(uniform(env.layers, bits, bits)) for bits in (env.widths[0], env.widths[-1])]
-    judge, judged = env.evaluator.second_opinion(), 0
+    judge, *fresh = _judges(env.evaluator)
+    judged = 0
 
     def share(evaluator: Evaluator, bit_widths: BitWidthMap) -> float:
         nonlocal judged
@@ -65,26 +67,33 @@ def cheapest(env: ArqEnv, propose: Callable[[float], BitWidthMap], target: float
 
     low, found = math.log(costs[0]), tried(costs[1])
     if found[2] < target:
-        raise ArqError(
-            f"{env.widths[-1]} bits keep {found[2]:.4f} of FP32's ACR on held-out images, less than {target}: ask for less"
-        )
+        raise ArqError(f"{env.widths[-1]} bits keep {found[2]:.4f} of FP32's ACR, less than {target}: ask for less")
     for _ in range(HALVINGS):
         middle = (low + math.log(found[0])) / 2
         if (here := tried(math.exp(middle)))[2] >= target:
             found = here
         else:
             low = middle
-    fresh = np.array([share(other, found[1]) for other in _fresh(judge)])
-    spread = stats.t.ppf(0.975, DRAWS - 1) * fresh.std(ddof=1) / math.sqrt(DRAWS)
-    mean = float(fresh.mean())
+    shares = np.array([share(other, found[1]) for other in fresh])
+    spread = stats.t.ppf(0.975, DRAWS - 1) * shares.std(ddof=1) / math.sqrt(DRAWS)
+    mean = float(shares.mean())
     return Reached(found[1], found[0], found[2], mean, (float(mean - spread), float(mean + spread)), judged)
 
 
-def _fresh(judge: Evaluator) -> Iterator[Evaluator]:
-    """Evaluators on other draws than this one's: training images, noise and calibration images."""
-    settings, there = judge.settings, len(judge.problem.dataset.train.images)
-    for draw in range(1, DRAWS + 1):
-        other = replace(settings, part="train", first=0, images=min(settings.images, there), seed=(settings.seed + draw) % 2**32)
-        evaluator = Evaluator(judge.problem, other)
-        evaluator.engine = judge.engine
-        yield evaluator
+def _judges(evaluator: Evaluator) -> list[Evaluator]:
+    """One on half of the reward images, and others on parts of the other half, each with noise and calibration images of its own.
+
+    None of these images was trained on, and sensitivities are not measured on them.
+    """
+    settings = evaluator.settings
+    half, part = settings.images // 2, settings.images // 2 // DRAWS
+    if not part:
+        raise ArqError(f"there are {settings.images} reward images: a target needs at least {2 * DRAWS}")
+    judges = [replace(settings, images=half)]
+    for draw in range(DRAWS):
+        first, seed = settings.first + half + draw * part, (settings.seed + 1 + draw) % 2**32
+        judges.append(replace(settings, images=part, first=first, seed=seed))
+    made = [Evaluator(evaluator.problem, judge) for judge in judges]
+    for judge in made:
+        judge.engine = evaluator.engine
+    return made
