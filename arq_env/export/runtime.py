@@ -89,8 +89,9 @@ def _is_exact(model) -> bool:
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
     doubles = {value.name for value in inferred.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE}
     means = [node for node in inferred.node if node.op_type == "ReduceMean"]
-    weights = [onnx.numpy_helper.to_array(there) for there in model.graph.initializer if there.data_type == onnx.TensorProto.INT8]
-    if any((np.abs(weight.astype(np.int16)) > LARGEST).any() for weight in weights):
+    constants = [attribute.t for node in model.graph.node if node.op_type == "Constant" for attribute in node.attribute]
+    held = [there for there in (*model.graph.initializer, *constants) if there.data_type == onnx.TensorProto.INT8]
+    if any((np.abs(onnx.numpy_helper.to_array(weight).astype(np.int16)) > LARGEST).any() for weight in held):
         return False
     others = {node.op_type for node in inferred.node} - _EXACT - {"ReduceMean"}
     return not others and all(node.input[0] in doubles for node in means)
