@@ -33,6 +33,9 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 class OneLineParser(argparse.ArgumentParser):
     """argparse's, with mistakes in one line."""
 
+    #: Whether ``--network`` asks for ``--sigma``: another noise than a network's own makes numbers that mean nothing.
+    sigma_of_own = False
+
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake, with what may have been meant."""
         from arq_env.support.errors import did_you_mean
@@ -54,13 +57,17 @@ class OneLineParser(argparse.ArgumentParser):
         if known.quiet:
             os.environ["TQDM_DISABLE"] = "1"
         if known.config:
-            given = _recorded(known.config) + rest
+            given = _without(_recorded(known.config), rest) + rest
             if args is None:
                 sys.argv[1:] = given  # what the results say that they were made with
-        return super().parse_args(given, namespace)
+        options = super().parse_args(given, namespace)
+        said = any(part.partition("=")[0] == "--sigma" for part in given)
+        if self.sigma_of_own and getattr(options, "network", None) is not None and not said:
+            self.error("--network needs --sigma, the noise that the network was trained under")
+        return options
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str) -> OneLineParser:
     """A parser that shows the script's docstring and every default."""
     from arq_env.support.provenance import program
 
@@ -73,6 +80,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     new.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bars")
     return new
+
+
+def _without(recorded: list[str], given: list[str]) -> list[str]:
+    """Recorded options, and their values, but those that are given again."""
+    options = {part.partition("=")[0] for part in given if part.startswith("--")}
+    options |= {"--processes", "--engine"} if options & {"--processes", "--engine"} else set()
+    kept, keep = [], True
+    for part in recorded:
+        if part.startswith("--"):
+            keep = part.partition("=")[0] not in options
+        if keep:
+            kept.append(part)
+    return kept
 
 
 def _recorded(path: Path) -> list[str]:
@@ -259,7 +279,7 @@ def label(options: argparse.Namespace) -> str:
 
 
 def add_environment(
-    parser: argparse.ArgumentParser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0
+    parser: OneLineParser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0
 ) -> None:
     """The options that :func:`arq_agents.main.make_env` takes.
 
@@ -299,6 +319,7 @@ def add_environment(
     group.add_argument(
         "--bits", nargs="+", type=int, metavar="BITS", help="bit-widths that there are, such as 2 4 8 (default: 2 to 8)"
     )
+    parser.sigma_of_own = True
     group.add_argument(
         "--sigma",
         type=float,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from arq_env import ArqError
-from arq_env.bitwidths import BitWidthMap, uniform
+from arq_env.bitwidths import BitWidthMap, bops_fraction, uniform
 from arq_env.comparison import Comparison, certify_on_test_images, compare_maps
 from arq_env.env import ArqEnv, arq_env_of
 from arq_env.export.formats import write_format
@@ -25,9 +26,11 @@ from arq_env.support.engines import Engine, engine
 from arq_env.support.files import write_json
 from arq_env.support.settings import TestSettings
 
+from .algorithms import hyperparameters
 from .baselines import least_sensitive
 from .command_line import IF_GIVEN, budget_name, label, own_arguments
 from .equal_cost import share_sensitivities
+from .methods import LEARNERS, split_method
 from .run_folder import export_map
 from .search import search
 from .target import cheapest
@@ -57,6 +60,9 @@ def main(options: argparse.Namespace) -> None:
         f"{algorithm} on {options.env}: at most {options.episodes} episodes into {folder}  (tensorboard --logdir {folder.parent})"
     )
     base = arq_env_of(env)
+    if (name := split_method(algorithm)[0]) in LEARNERS and "demonstrations" not in options.add:
+        warm_up = math.ceil(hyperparameters(name, base.horizon)["learning_starts"] / base.horizon)
+        print(f"the first {warm_up} episodes act at random")
     if (hours := estimated_hours(base, options.episodes)) > TOLD_HOURS:
         print(f"about {hours:.2g} hours for all of them, from a few forward passes")
     with engine_of(options) as base.evaluator.engine:
@@ -68,7 +74,10 @@ def main(options: argparse.Namespace) -> None:
             seed=options.seed,
             config={"env": options.env},
         )
-        print(f"\nexported: episode {best.episode}, reward {best.reward:.3f}; {folder / 'bit_widths.json'}\n")
+        print(
+            f"\nexported: episode {best.episode}, reward {best.reward:.3f}, of the highest the best on fresh draws; "
+            f"{folder / 'bit_widths.json'}\n"
+        )
         print(layer_table(base.layers, best.bit_widths))
         if options.finish:
             _finish(base, best, folder, options)
@@ -143,8 +152,11 @@ def engine_of(options: argparse.Namespace) -> contextlib.AbstractContextManager[
 def _certify(env: ArqEnv, found: BitWidthMap, folder: Path, options: argparse.Namespace) -> None:
     """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
     even = uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS)
-    comparison = _compared(env, {f"W{UNIFORM_BITS}A{UNIFORM_BITS}": even, "found": found}, folder, options)
+    name = f"W{UNIFORM_BITS}A{UNIFORM_BITS}"
+    comparison = _compared(env, {name: even, "found": found}, folder, options)
     print(comparison_table(comparison))
+    cost = bops_fraction(even, env.layers) / bops_fraction(found, env.layers)
+    print(f"\n{verdict('found', name, *comparison.difference('found', name), cost)}")
     write_json(folder / "certificates.json", comparison.document(env.evaluator))
 
 
@@ -152,7 +164,8 @@ def _compared(env: ArqEnv, maps: dict[str, BitWidthMap], folder: Path, options: 
     """FP32 and maps certified on the same test images."""
     every = -(-len(env.problem.dataset.test.images) // options.test_images)
     settings = TestSettings(every=every, n=options.test_n)
-    print(f"\ncertifying on every {every}th test image (the search saw none), n = {settings.n}, alpha = {settings.alpha}:")
+    which = "all test images" if every == 1 else f"every {every}th test image"
+    print(f"\ncertifying on {which} (the search saw none), n = {settings.n}, alpha = {settings.alpha}:")
     return compare_maps(
         env.evaluator,
         maps,

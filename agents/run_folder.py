@@ -8,7 +8,7 @@ from arq_env.bitwidths import END_BITS, BitWidthMap, save_map
 from arq_env.budget import BudgetSpec
 from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, Evaluator
-from arq_env.support.errors import ArqError, reason
+from arq_env.support.errors import ArqError, reason, shown
 from arq_env.support.files import read_json, write_json, writing
 from arq_env.support.provenance import provenance
 
@@ -95,11 +95,20 @@ def open_folder(folder: Path, algorithm: str, env: ArqEnv, episodes: int, seed: 
         found |= {"fix": None, "bits": None}
     differing = sorted(key for key in config.keys() | found.keys() if config.get(key) != found.get(key))
     if differing:
+        differing = [_difference(key, found.get(key), config.get(key)) for key in differing]
         raise ArqError(f"{folder} holds another search (it differs in {', '.join(differing)}): choose another --output")
     known = read_trace(folder / "trace.jsonl")
     if episodes < len(known):
         raise ArqError(f"{folder} already has {len(known)} episodes: ask for at least as many, or choose another --output")
     return known
+
+
+def _difference(key: str, there: object, here: object) -> str:
+    """A name, and for a group of settings which of them, and their values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        return f"{key}: " + ", ".join(f"{name} {shown(there.get(name))}, here {shown(here.get(name))}" for name in names)
+    return key
 
 
 def read_config(path: Path) -> dict:

@@ -182,7 +182,7 @@ def confirm(
     steps = steps if evaluator.settings.regained_bits else 0
     maps = [episode.bit_widths for episode in candidates]
     finished = partial(judge_finished, judge, evaluator, steps)
-    judged = evaluator.engine.map(finished, maps) if steps else judge.evaluate_many(maps)
+    judged = evaluator.engine.map(finished, maps) if steps else map(judge.evaluate, maps)
     bar = tqdm(judged, total=len(maps), desc="confirming", unit="map", disable=not progress)
     acr = {episode.episode: found.acr for episode, found in zip(candidates, bar, strict=True)}
     best = max(candidates, key=lambda episode: acr[episode.episode])

@@ -226,8 +226,15 @@ def check_finished(folder: Path, sample: Sample, engine: Engine) -> Iterator[Che
     for path in sorted(folder.glob("summary-n*.json")):
         stated = _read(path)
         try:
-            problem = load_problem(stated["network"], stated["dataset"], sigma=stated["sigma"], training=stated["training"])
             settings, name, stem = TestSettings(**stated["settings"]), stated["map"], path.stem.removeprefix("summary")
+            if stated["training"] is None and name == FP32:
+                raise ArqError(
+                    f"{path} is of an FP32 network of somebody's own, whose weights no folder holds: give its map's folder"
+                )
+            if stated["training"] is None:  # a network of somebody's own
+                problem = load_mapped(folder / "bit_widths.json")[0]
+            else:
+                problem = load_problem(stated["network"], stated["dataset"], sigma=stated["sigma"], training=stated["training"])
         except (KeyError, TypeError) as error:
             raise ArqError(f"{path} is not what finalize.py leaves ({reason(error)}): restore the file") from error
         bit_widths = None if name == FP32 else load_map(folder / "bit_widths.json", problem.layers)[0]

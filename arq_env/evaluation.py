@@ -21,6 +21,8 @@ from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
 from arq_env.support.engines import Engine
 from arq_env.support.errors import ArqError
 
+#: A quantized network with so many times FP32's ACR says that something is wrong with FP32.
+STRANGE = 1.5
 #: Of the rewards: a new number wherever the same map would get another one, so that no trace holds two kinds (1: confidence
 #: alone won reward; 2: logits are compared at FP32's mean entropy, on 2,000 images and one sample of each, in exact arithmetic).
 REWARD_VERSION = 2
@@ -141,6 +143,12 @@ class Evaluator:
             made = self._evaluate_in_parts(reward, list(new.values()))
         for key, evaluation in zip(new, made, strict=True):
             self._known[key] = evaluation
+            if "reference" in vars(self) and evaluation.acr > STRANGE * self.reference.acr:
+                warnings.warn(
+                    f"a quantized network has {evaluation.acr / self.reference.acr:.1f} times the ACR of the FP32 network, which "
+                    f"therefore seems not to be trained under noise of sigma {self.problem.sigma}: its rewards mean nothing",
+                    stacklevel=2,
+                )
         return [self._known[key] for key in keys]
 
     def _evaluate_here(self, regained: BitWidthMap) -> Evaluation:

@@ -55,7 +55,7 @@ def finished_network(evaluator: Evaluator, bit_widths: BitWidthMap, folder: Path
     made_from = sha256(json.dumps([bit_widths, problem.digest, problem.data_digest, recipe, calibration]).encode())
     if not path.exists():
         card = {key: problem.card.get(key) for key in ("network", "dataset", "training")}
-        card |= {"sigma": problem.sigma, "recipe": recipe, "made_from": made_from}
+        card |= {"sigma": problem.sigma, "input_shape": list(problem.dataset.image_shape), "recipe": recipe, "made_from": made_from}
         save_quantized(finish_briefly(evaluator, bit_widths, steps), path, card | provenance())
     network, card = load_quantized(path, problem.network)
     if card.get("made_from") != made_from:

@@ -3,7 +3,9 @@
 import argparse
 
 import gymnasium as gym
+import numpy as np
 from stable_baselines3 import TD3
+from stable_baselines3.common.noise import NormalActionNoise
 
 
 class PricedSize(gym.Wrapper):
@@ -28,7 +30,9 @@ class PricedSize(gym.Wrapper):
 def main(episodes, images):
     env = PricedSize(gym.make("arq_env:ARQ-ResNet20-Signs-v0", budget=0.01, images=images, calibration_images=images))
     horizon = env.unwrapped.horizon
-    agent = TD3("MlpPolicy", env, gamma=1.0, learning_starts=2 * horizon, seed=0)
+    noise = NormalActionNoise(np.zeros(2), np.full(2, 0.3))
+    # the reward itself as return: it comes at the end of an episode
+    agent = TD3("MlpPolicy", env, gamma=1.0, n_steps=horizon, action_noise=noise, learning_starts=min(20, episodes // 2) * horizon)
     agent.learn(episodes * horizon)
 
     observation, _ = env.reset(seed=0)
@@ -41,6 +45,6 @@ def main(episodes, images):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--episodes", type=int, default=40)
     parser.add_argument("--images", type=int, default=200, help="reward images of an episode: fewer are faster, the reward noisier")
     main(**vars(parser.parse_args()))

@@ -2,8 +2,10 @@
 
 import argparse
 
+import numpy as np
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 
@@ -13,7 +15,8 @@ def main(episodes, images, processes):
     (horizon,) = set(envs.get_attr("horizon"))
     # an episode of each environment, then as many gradient steps; the reward itself as return
     every = {"train_freq": horizon, "gradient_steps": -1, "learning_starts": horizon * min(20, episodes // 2)}
-    agent = TD3("MlpPolicy", envs, gamma=1.0, n_steps=horizon, seed=0, **every)
+    noise = VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.full(2, 0.3)), processes)
+    agent = TD3("MlpPolicy", envs, gamma=1.0, n_steps=horizon, action_noise=noise, stats_window_size=episodes, seed=0, **every)
     agent.learn(episodes * horizon)
     rewards = [episode["r"] for episode in agent.ep_info_buffer]
     print(f"{len(rewards)} episodes on {envs.num_envs} processes, best reward {max(rewards):.3f}")

@@ -15,7 +15,14 @@ def parse():
         metavar="PATH",
         help="run folder of finalize.py, .safetensors or .onnx file; or module:function, which returns a torch module",
     )
-    parser.add_argument("--data", default="cifar10", help="cifar10 or signs")
+    parser.add_argument(
+        "--data",
+        help="cifar10, signs, imagenet, a folder with test/ or val/, .npz file or module:function (default: what the file was "
+        "finished on)",
+    )
+    parser.add_argument(
+        "--image-size", type=command_line.whole(1), metavar="PIXELS", help="scale and cut a folder's images to this edge"
+    )
     parser.add_argument(
         "--sigma", type=float, help="standard deviation of the noise, in units of pixels in [0, 1] (default: the file's)"
     )
@@ -41,6 +48,8 @@ def parse():
 options = command_line.start(__name__, parse)
 
 import dataclasses
+import re
+import warnings
 from functools import partial
 
 import torch
@@ -66,18 +75,30 @@ METHODS = {"cohen": Cohen(skip_wrong=True), "randomized": Randomized(skip_wrong=
 
 
 def main(options):
-    test = load_dataset(options.data).test
+    classifier, card = chosen_classifier(options)
+    data = options.data or card.get("dataset")
+    if data is None:
+        raise ArqError("the file does not say on what images: give --data")
+    if card.get("dataset") not in (None, data):
+        warnings.warn(f"the network was finished on {card['dataset']}, and these are images of {data}", stacklevel=1)
+    dataset = load_dataset(data, image_size=options.image_size)
+    test = dataset.test
     images = to_float(as_tensor(test.images[options.offset :: options.every]))
     if not len(images):
         raise ArqError(f"test images from index {options.offset} were asked for: there are {len(test.images)}")
-    classifier, card = chosen_classifier(options, tuple(images.shape[1:]))
+    if options.grid is not None:
+        classifier = exact(classifier, tuple(images.shape[1:]))
+    check_classes(classifier, images[:2].to(options.device), dataset.classes)
     sigma = card.get("sigma") if options.sigma is None else options.sigma
     if sigma is None:
         raise ArqError("the file does not say for which noise it is: give --sigma")
     settings = TestSettings(options.every, options.offset, options.n0, options.n, options.alpha, options.seed)
     digest = classifier_digest(classifier)
     grid = "" if options.grid is None else f"-grid{options.grid}"
-    folder = options.output or Path("runs/certify") / f"{options.data}-sigma{sigma:g}{grid}-{options.method}-{digest[:12]}"
+    folder = (
+        options.output
+        or Path("runs/certify") / f"{re.sub('[^a-zA-Z0-9_.-]+', '-', data)}-sigma{sigma:g}{grid}-{options.method}-{digest[:12]}"
+    )
     name = f"certificates-every{settings.every}-offset{settings.offset}-n{settings.n}"
     with engine_of(options) as engine:
         certificates = certify(
@@ -97,7 +118,7 @@ def main(options):
         )
     document = {
         "classifier": {**{key: card[key] for key in ("map", "network", "training", "arithmetic") if key in card}, "digest": digest},
-        "data": options.data,
+        "data": data,
         "sigma": sigma,
         "method": options.method,
         "grid": options.grid,
@@ -109,11 +130,11 @@ def main(options):
     write_json(folder / f"{name}.json", document)
     print(
         f"ACR {document['acr']:.4f} +- {document['acr_standard_error']:.4f}, clean accuracy {document['clean_accuracy']:.3f}, "
-        f"{len(certificates)} images\n{folder / name}.json"
+        f"{len(certificates)} test images of {data}\n{folder / name}.json"
     )
 
 
-def chosen_classifier(options, shape):
+def chosen_classifier(options):
     """What to certify, on its device, and what its file says of it."""
     check_device(options.device)
     if ":" in options.classifier and not Path(options.classifier).exists():
@@ -123,14 +144,29 @@ def chosen_classifier(options, shape):
         classifier, card = load_with_card(Path(options.classifier), base)
     if isinstance(classifier, torch.nn.Module):
         classifier = classifier.to(options.device)
-        if options.grid is not None:
-            classifier = ExactNetwork(classifier, shape)
         return (integer_network(classifier) if options.integer else classifier), card
     if options.integer or options.device != "cpu":
         raise ArqError("ONNX Runtime runs here on the CPU, as the file says: leave out --integer and --device")
-    if options.grid is not None and not getattr(classifier, "exact", False):
-        raise ArqError("this is not known to give an image the same class in any batch: for --grid give an ONNX file on integers")
     return classifier, card
+
+
+def exact(classifier, shape):
+    """The classifier as one function of an image, for noise on a grid."""
+    if isinstance(classifier, torch.nn.Module):
+        return ExactNetwork(classifier, shape)
+    if not getattr(classifier, "exact", False):
+        raise ArqError("this is not known to give an image the same class in any batch: for --grid give an ONNX file on integers")
+    return classifier
+
+
+def check_classes(classifier, images, classes):
+    """Refuse images of other classes than the classifier's, as far as their number tells."""
+    with torch.inference_mode():
+        logits = classifier(images)
+    if len(logits.shape) == 2 and logits.shape[1] != len(classes):
+        raise ArqError(
+            f"the classifier tells {logits.shape[1]} classes apart, and the images have {len(classes)}: give its own --data"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ def parse():
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to write")
     parser.add_argument("--base", metavar="MODULE:FUNCTION", help="for a network of your own: returns one of the same structure")
     parser.add_argument(
-        "--input-shape", type=command_line.whole(1), nargs=3, default=[3, 32, 32], metavar=("C", "H", "W"), help="of one image"
+        "--input-shape",
+        type=command_line.whole(1),
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="of one image (default: as the run says, 3 32 32 where it does not)",
     )
     parser.add_argument("--output", type=Path, help="folder for the files (default: beside the network)")
     return parser.parse_args()
@@ -29,13 +33,17 @@ options = command_line.start(__name__, parse)
 from arq_env.export.formats import write_format
 from arq_env.export.loading import import_network, load_with_card
 
+#: Of images where a card says none: only those of the shipped data sets' networks were without.
+SHAPE = (3, 32, 32)
+
 
 def main(options):
     base = None if options.base is None else import_network(options.base)
     network, card = load_with_card(options.run, base)
+    shape = tuple(options.input_shape or card.get("input_shape") or SHAPE)
     folder = options.output or (options.run if options.run.is_dir() else options.run.parent)
     for name in options.format:
-        path = write_format(name, network, folder, card, tuple(options.input_shape))
+        path = write_format(name, network, folder, card, shape)
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -21,6 +21,7 @@ def parse():
     parser.add_argument("map", metavar="RUN", help="run folder, bit_widths.json, FP32, or uniform bits such as W4A4")
     parser.add_argument("--env", default=DEFAULT, help="id of the network and its data (a map's file decides for itself)")
     command_line.add_problem(parser)
+    parser.sigma_of_own = True
     parser.add_argument(
         "--sigma", type=float, default=0.5, help="standard deviation of the noise (a map's file decides for itself)"
     )
@@ -126,6 +127,7 @@ def main(options):
     document = {
         "map": name,
         **{key: problem.card[key] for key in ("network", "dataset", "sigma", "training")},
+        "input_shape": list(problem.dataset.image_shape),
         "checkpoint": problem.card["digest"],
         "bops_fraction": 1.0 if bit_widths is None else bops_fraction(bit_widths, problem.layers),
         "model_bytes": model_bytes(problem.network, problem.layers, bit_widths),

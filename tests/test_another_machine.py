@@ -78,4 +78,4 @@ def test_a_search_whose_rewards_might_differ_says_what_differs(tmp_path, monkeyp
         real = run_folder.evaluation_identity
         monkeypatch.setattr(run_folder, "evaluation_identity", lambda evaluator: real(evaluator) | {"device": "cuda"})
     _, refused = outcome_of(lambda: search_toy(tmp_path, "random", episodes=4), tmp_path, ArqError)
-    assert f"differs in {what})" in refused and "choose another --output" in refused
+    assert f"differs in {what}" in refused and "choose another --output" in refused

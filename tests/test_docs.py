@@ -100,7 +100,7 @@ def test_the_site_is_built_and_needs_no_network(tmp_path):
         assert not re.search(r"(?:@import|url\()\s*[\"']?https?://", style.read_text())
     with (tmp_path / "objects.inv").open("rb") as stream:
         inventory = InventoryFile.load(stream, "", lambda base, to: to)
-    names = {name for kind, entries in inventory.data.items() if kind.startswith("py:") for name in entries}
+    names = {name for kind, entries in inventory.items() if kind.startswith("py:") for name in entries}
     for module in MODULES:
         for name in public(importlib.import_module(module)):
             value = getattr(importlib.import_module(module), name)

@@ -237,6 +237,7 @@ def test_files_that_are_exact():
 
     assert OnnxClassifier(file_of("depthwise")).exact
     assert not changed(mean_of_float32).exact
+
     def large_constant(graph):
         large_weights(graph)
         weight = next(tensor for tensor in graph.initializer if tensor.name == "stem.weight")

@@ -6,7 +6,7 @@ from arq_env.quantization.modules import QuantizedLayer
 from arq_env.support.errors import ArqError
 
 #: Entries of a finished network's card that files for deployment keep; all the rest is in the run folder.
-KEPT = ("map", "network", "dataset", "sigma", "training", "checkpoint", "bops_fraction", "made_from", "digest")
+KEPT = ("map", "network", "dataset", "input_shape", "sigma", "training", "checkpoint", "bops_fraction", "made_from", "digest")
 
 
 def kept_entries(card: dict) -> dict:

@@ -69,7 +69,8 @@ def _summary(run: Run) -> Section:
     found = next((network for network in run.networks if network.name == "found"), own)  # beside uniform bits, neither fine-tuned
     sentence = ""
     if found is not None and base is not None and found is not base and (known := _difference(run, found, base)):
-        sentence = verdict(found.name, base.name, *known)
+        dear, cheap = (network.figures.get("bops_fraction") for network in (base, found))
+        sentence = verdict(found.name, base.name, *known, dear / cheap if dear and cheap else 1.0)
     return Section("In short", caption=sentence, tiles=tiles, wide=True, missing="" if tiles else "No figures are in the folder.")
 
 

@@ -44,15 +44,19 @@ def comparison_table(comparison: Comparison, sizes: dict[str, int] | None = None
 _CALLED = {"found": "the found map", "finished": "the found map, fine-tuned,", "final": "the finished network"}
 
 
-def verdict(name: str, base: str, difference: float, error: float) -> str:
-    """One sentence on a paired difference in ACR: is ``name`` ahead of ``base`` by more than two standard errors?"""
+def verdict(name: str, base: str, difference: float, error: float, cost: float = 1.0) -> str:
+    """One sentence on a paired difference in ACR: is ``name`` ahead of ``base`` by more than two standard errors?
+
+    :param cost: bit operations of ``base`` over those of ``name``; where they are more by a twentieth, another sentence says so
+    """
     who = _CALLED.get(name, name)
     size = f"{difference:+.4f} in ACR, standard error {error:.4f}"
     if abs(difference) > 2 * error:
         told = f"{who} {'wins against' if difference > 0 else 'loses to'} {base} by more than two standard errors ({size})."
     else:
         told = f"{who} is not told apart from {base}: the difference is within two standard errors ({size})."
-    return told[0].upper() + told[1:]
+    told = told[0].upper() + told[1:]
+    return told if cost <= 1.05 else f"{told} {base} makes {cost:.2f} times as many bit operations."
 
 
 def reference_table(documents: list[dict]) -> str:

@@ -114,6 +114,8 @@ def test_mistakes_are_one_line(called, tmp_path, monkeypatch):
     write_images(tmp_path / "photos", {"train": 10, "val": 2})
     torch.save(make_net().state_dict(), "net.pth")
     own = ["--network", "mymodels:make_net", "--data", "photos", "--output", "run"]
+    assert_one_line_error(called("train_td3", *own), "--sigma")
+    own += ["--sigma", "0.25"]
     for arguments, parts in (
         ([], ["drawn at random", "checkpoint"]),
         (["--checkpoint", "none.pth"], ["none.pth cannot be read"]),
@@ -125,8 +127,9 @@ def test_mistakes_are_one_line(called, tmp_path, monkeypatch):
         (["--checkpoint", "net.pth", "--images", "3"], ["least reachable"]),
     ):
         assert_one_line_error(called("train_td3", *own, *arguments), *parts)
-    assert_one_line_error(called("train_td3", "--network", "mymodels:make_net", "--checkpoint", "net.pth"), "data is None")
+    assert_one_line_error(called("train_td3", *own[:2], *own[-2:], "--checkpoint", "net.pth"), "data is None")
     assert_one_line_error(called("train_td3", "--env", "ARQ-ResNet50-v0", "--data", "photos"), "drawn at random")
-    assert_one_line_error(called("finalize", "W4A4", "--network", "mymodels:make_net"), "give --data")
+    assert_one_line_error(called("finalize", "W4A4", *own[:2], *own[-2:]), "give --data")
+    assert_one_line_error(called("finalize", "W4A4", *own[:4]), "--sigma")
     assert_one_line_error(called("finalize", "W4A4", "--env", "ARQ-VGG-v0"), "choose one of")
     assert not (tmp_path / "run").exists()

@@ -19,14 +19,14 @@ from arq_env.rewards import settings_of
 from tests.end_to_end.scripts import ROOT, assert_one_line_error, interruptible, path_of, script
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("**/*.py"))])
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "experiments").glob("**/[!_]*.py"))])
 def test_help(called, name):
     done = called(name, "--help")
     assert done.returncode == 0 and "--output" in done.stdout
 
 
 def test_help_imports_nothing_that_takes_seconds():
-    scripts = [str(path) for path in sorted((ROOT / "experiments").glob("**/*.py"))]
+    scripts = [str(path) for path in sorted((ROOT / "experiments").glob("**/[!_]*.py"))]
     code = f"""
 import runpy, sys
 sys.argv[1:] = ["--help"]
@@ -44,9 +44,12 @@ print(sorted({{"torch", "scipy", "stable_baselines3", "matplotlib", "tensorboard
 @pytest.mark.parametrize(
     "name, arguments", [("train_td3", ["--env", "ARQ-ResNet20-Signs-v0"]), ("compare_searches", ["--methods", "random"])]
 )
-@pytest.mark.parametrize("seconds", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.8])
 def test_ctrl_c_while_a_script_starts(tmp_path, name, arguments, seconds):
-    """One line and exit code 130, from a script's first line on: Python itself needs some hundredths of a second before."""
+    """One line and exit code 130, from a script's first line on: what Python needs before is measured, on a busy machine more."""
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", "from arq_agents import command_line"], cwd=ROOT, check=True)
+    seconds += 1.5 * (time.monotonic() - begun)
     command = [sys.executable, str(path_of(name)), *arguments, "--output", tmp_path / "run"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as process:
         time.sleep(seconds)
