@@ -78,12 +78,13 @@ def test_certificates_resume_after_a_kill(tmp_path):
 def test_an_own_network_is_deployed(tmp_path):
     """Depthwise layers, and a structure that only its own code knows: by import string, which is certified itself, too."""
     run = tmp_path / "run"
-    save_quantized(quantized_depthwise(), run / "network.safetensors", {"network": None, "sigma": 0.5})
+    save_quantized(quantized_depthwise(), run / "network.safetensors", {"network": None, "sigma": 0.5, "input_shape": [3, 8, 8]})
     own = ["--base", "tests.toy:DepthwiseNet"]
-    done = script("export", run, *own, "--input-shape", 3, 32, 32)
-    assert done.returncode == 0, done.stderr
+    done = script("export", run, *own)
+    assert done.returncode == 0, done.stderr  # as large as the card says
     packed = arq_env.load(run / "network.arq.safetensors", depthwise_network())
     assert network_digest(packed) == network_digest(quantized_depthwise())
+    colours = ["--data", "tests.toy:toy_dataset", "--every", "4", "--n", "60"]
     for name, path in {"run": run, "integer": run / "network.integer.onnx", "made": "tests.toy:depthwise_network"}.items():
         given = [
             *(own if name == "run" else []),
@@ -91,8 +92,10 @@ def test_an_own_network_is_deployed(tmp_path):
             "--output",
             tmp_path / "found" / name,
         ]
-        done = script("certify", path, *SETTINGS, *given)
+        done = script("certify", path, *colours, *given)
         assert done.returncode == 0 and "ACR" in done.stdout, done.stderr
+    others = script("certify", run, *own, *SETTINGS, "--output", tmp_path / "found/signs")
+    assert_one_line_error(others, "3 classes apart, and the images have 10")
     assert np.array_equal(radii(tmp_path / "found/run"), radii(tmp_path / "found/integer"))
     assert_one_line_error(script("export", run, "--format", "packed"), "--base")
     assert_one_line_error(script("certify", "tests.toy:nothing", *SETTINGS, "--sigma", "0.5"), "tests.toy", "nothing")
