@@ -52,6 +52,7 @@ import re
 import warnings
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -88,7 +89,7 @@ def main(options):
         raise ArqError(f"test images from index {options.offset} were asked for: there are {len(test.images)}")
     if options.grid is not None:
         classifier = exact(classifier, tuple(images.shape[1:]))
-    check_classes(classifier, images[:2].to(options.device), dataset.classes)
+    check_classes(classifier, images[:2], options.device, dataset.classes)
     sigma = card.get("sigma") if options.sigma is None else options.sigma
     if sigma is None:
         raise ArqError("the file does not say for which noise it is: give --sigma")
@@ -159,14 +160,12 @@ def exact(classifier, shape):
     return classifier
 
 
-def check_classes(classifier, images, classes):
+def check_classes(classifier, images, device, classes):
     """Refuse images of other classes than the classifier's, as far as their number tells."""
-    with torch.inference_mode():
-        logits = classifier(images)
-    if len(logits.shape) == 2 and logits.shape[1] != len(classes):
-        raise ArqError(
-            f"the classifier tells {logits.shape[1]} classes apart, and the images have {len(classes)}: give its own --data"
-        )
+    with torch.inference_mode():  # what is no torch module gets NumPy arrays, as from certify
+        shape = np.shape(classifier(images.to(device) if isinstance(classifier, torch.nn.Module) else images.numpy()))
+    if len(shape) == 2 and shape[1] != len(classes):
+        raise ArqError(f"the classifier tells {shape[1]} classes apart, and the images have {len(classes)}: give its own --data")
 
 
 if __name__ == "__main__":
