@@ -39,8 +39,8 @@ def interruptible():
 
 
 def lines(path):
-    """The lines of a file that may not be there yet."""
-    return path.read_text().splitlines() if path.exists() else []
+    """The ended lines of a file that may not be there yet; a kill may have cut the last one short."""
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def assert_one_line_error(done, *parts):
