@@ -382,7 +382,7 @@ def search_options(algorithm: str) -> argparse.Namespace:
     :param algorithm: as for :func:`arq_agents.search.search`
     """
     from arq_env.registration import EPISODES as OF_ENVIRONMENT
-    from arq_env.support.settings import CONFIRMING_STEPS
+    from arq_env.support.settings import FIRST_STEPS
 
     from .methods import EPISODES, LEARNERS, LEVERS, split_method
 
@@ -401,17 +401,17 @@ def search_options(algorithm: str) -> argparse.Namespace:
     group.add_argument(
         "--test-images",
         type=whole(0),
-        default=200,
+        default=100,
         help="at most so many test images, evenly spread, that FP32, uniform 4 bits and the found map are certified on; 0 for none",
     )
-    group.add_argument("--test-n", type=whole(10), default=200, help="noise samples counted for each of them")
+    group.add_argument("--test-n", type=whole(10), default=100, help="noise samples counted for each of them")
     group.add_argument(
         "--finish",
         type=whole(1),
         nargs="?",
-        const=CONFIRMING_STEPS,
+        const=FIRST_STEPS,
         metavar="BATCHES",
-        help=f"then fine-tune the found map so briefly (alone: {CONFIRMING_STEPS} batches; finalize.py makes the network to ship), "
+        help=f"then fine-tune the found map so briefly (alone: {FIRST_STEPS} batches; finalize.py makes the network to ship), "
         "certify it beside FP32 and the best uniform bits within the budget, export it, and write a report",
     )
     if algorithm == "integer_program":
@@ -457,7 +457,7 @@ def run(main: Callable[..., None], *arguments: Any, resumes: bool = True) -> Non
     :param resumes: whether the same command goes on where an interrupted one stopped
     """
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    threading.excepthook = _in_thread
+    threading.excepthook, sys.unraisablehook = _in_thread, _in_callback
     try:
         if signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -491,6 +491,15 @@ def _end(*_: object) -> None:
     """Ctrl-C before there is anything to keep."""
     os.write(2, b"interrupted: nothing had begun\n")
     os._exit(130)
+
+
+def _in_callback(ended: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C while a destructor or a weak reference's callback ran, which let no exception out, counts as pressed again."""
+    if ended.exc_type is KeyboardInterrupt:
+        main = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()  # in here it would be ignored again
+    else:
+        sys.__unraisablehook__(ended)
 
 
 def _in_thread(ended: threading.ExceptHookArgs) -> None:

@@ -2,7 +2,9 @@ import errno
 import fcntl
 import os
 import pickle
+import sys
 import threading
+import time
 import warnings
 
 import pytest
@@ -116,6 +118,27 @@ def test_a_thread_that_cannot_write_leaves_no_traceback(capsys, monkeypatch):
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.splitlines()[-1].startswith("error: cannot write events.out (No space left on device)")
     assert said.count("Traceback") == 1 and "a fault" in said
+
+
+def test_ctrl_c_in_a_destructor_counts(monkeypatch, capsys):
+    """Python lets no exception out of there, so that Ctrl-C at such a moment would be lost."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    class Closing:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main():
+        thing = Closing()
+        del thing
+        time.sleep(10)
+        pytest.fail("went on")
+
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main)
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted: the same command goes on where this one stopped\n"
 
 
 def raising(error):

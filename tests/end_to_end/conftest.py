@@ -18,6 +18,7 @@ def called(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", *map(str, arguments)])
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # a script sets its own
         monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         code, handler = 0, signal.getsignal(signal.SIGINT)
         try:
             runpy.run_path(str(path_of(name)), run_name="__main__")

@@ -1,6 +1,7 @@
 """Scripts stopped at random moments, worker processes beside them, or by a disk that fills up: the same command ends alike.
 
-``ARQ_KILLS=20 pytest -m slow tests/end_to_end/test_kills.py`` stops each twenty times.
+``ARQ_KILLS=20 ARQ_KILLS_RESULT=experiments/results/kills.json pytest -m slow -n 0 tests/end_to_end/test_kills.py`` stops each
+twenty times, and notes it.
 """
 
 import json
@@ -18,11 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from arq_env.support.files import write_json
+from arq_env.support.provenance import provenance
 from tests.end_to_end.scripts import ROOT, interruptible, path_of
 from tests.own import trained_state, write_images
 
 #: Times that each script is stopped, and what the random moments follow from.
 POINTS, SEED = int(os.environ.get("ARQ_KILLS", "3")), os.environ.get("ARQ_KILLS_SEED", "0")
+RESULT = os.environ.get("ARQ_KILLS_RESULT")
 FULL = "full disk"
 ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, FULL)
 
@@ -184,9 +188,11 @@ def test_stopped_at_random_moments(tmp_path, prepared, name):
     largest = max(path.stat().st_size for path in made)
     moments = random.Random(f"{SEED} {name}")
     ends = moments.sample(ENDS, len(ENDS))
+    ended_so = dict.fromkeys((getattr(end, "name", end) for end in ENDS), 0)
     for point in range(POINTS):
         anew()
         end = ends[point % len(ENDS)]
+        ended_so[getattr(end, "name", end)] += 1
         if end == FULL:
             most = int(64 * (largest / 64) ** moments.uniform(0, 1))  # with less there is no semaphore, which lies in memory
             process = started(command, folder, most)
@@ -206,3 +212,7 @@ def test_stopped_at_random_moments(tmp_path, prepared, name):
         assert after.keys() == expected.keys(), (when, end)
         assert [file for file in after if after[file] != expected[file]] == [], (when, end)
     assert not list((folder / "sent").glob("arq-*"))  # what workers were sent
+    if RESULT:
+        path = Path(RESULT)
+        known = json.loads(path.read_text())["stopped"] if path.exists() else {}
+        write_json(path, {"stopped": known | {name: ended_so | {"files_compared": len(expected)}}, "provenance": provenance()})
