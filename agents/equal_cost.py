@@ -11,12 +11,11 @@ from scipy import stats
 
 from arq_env.env import arq_env_of
 from arq_env.evaluation import Evaluator
-from arq_env.sensitivity import forward_passes
+from arq_env.sensitivity import SENSITIVITY_VERSION, forward_passes
 from arq_env.support.files import sha256, write_json
 
 from .haq import cached_samples
-from .levers import uses_sensitivities
-from .methods import split_method
+from .methods import split_method, uses_sensitivities
 from .run_folder import evaluation_identity, read_config
 from .search import search
 from .trace import Episode, read_trace
@@ -57,7 +56,7 @@ def recall(evaluator: Evaluator, store: Path) -> None:
 
 def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
     """Read the sensitivities from ``store``, or measure them and leave them there."""
-    known = evaluation_identity(evaluator)
+    known = evaluation_identity(evaluator) | {"sensitivities": SENSITIVITY_VERSION}
     if (fix := evaluator.problem.fix) is not None:
         known |= {"fix": dict(fix)}  # other layers have sensitivities
     identity = sha256(json.dumps(known, sort_keys=True).encode())
@@ -73,7 +72,7 @@ def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
 def setup_cost(method: str, env: gymnasium.Env) -> float:
     """What a search measures before its first map, in evaluations by forward passes."""
     evaluator, (name, levers) = arq_env_of(env).evaluator, split_method(method)
-    passes = forward_passes(evaluator.problem.layers, evaluator.settings.calibration_images) if uses_sensitivities(method) else 0
+    passes = forward_passes() if uses_sensitivities(method) else 0
     if name == "arq" or "incremental" in levers:
         passes += cached_samples(evaluator.settings)
     return passes / evaluator.settings.forward_passes

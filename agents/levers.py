@@ -32,23 +32,17 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from arq_env.bitwidths import MIN_BITS, Bits, BitWidthMap
 from arq_env.env import REWARD_SCALE, arq_env_of
 from arq_env.search_space import SearchSpace
-from arq_env.sensitivity import MEASURED, Place, places
+from arq_env.sensitivity import WITH_EFFECT, Place, places
 
 from .baselines import Proposals, greedy, integer_program
 from .haq import incremental_reward
-from .methods import CHANGES, INFORMED, WITH_SENSITIVITIES, split_method
+from .methods import CHANGES
 from .recorder import Recorder
 
 #: Evaluations that ``exchange`` keeps for itself, at least.
 EXCHANGES = 50
 #: An effect of fewer nats than this looks like none to an agent.
 LEAST_EFFECT = 1e-5
-
-
-def uses_sensitivities(method: str) -> bool:
-    """Whether a search measures the effect of few bits in each place before its first map."""
-    name, levers = split_method(method)
-    return name in WITH_SENSITIVITIES or not {*levers}.isdisjoint(INFORMED)
 
 
 class RowPerLayer(gymnasium.ObservationWrapper[np.ndarray, np.ndarray, np.ndarray]):
@@ -109,9 +103,9 @@ def effects_by_layer(space: SearchSpace) -> np.ndarray:
 
     :return: [free layers, 6] in [0, 1], on one logarithmic scale
     """
-    effects, unpriced = space.sensitivities, [0.0] * len(MEASURED)  # an earlier layer decides what this one reads
+    effects, unpriced = space.sensitivities, [0.0] * len(WITH_EFFECT)  # an earlier layer decides what this one reads
     pairs = [[(layer.name, kind) for kind in Bits._fields] for layer in space.free_layers]
-    table = np.array([[e for place in pair for e in effects.get(place, unpriced)[: len(MEASURED)]] for pair in pairs])
+    table = np.array([[e for place in pair for e in effects.get(place, unpriced)[: len(WITH_EFFECT)]] for pair in pairs])
     scale = np.log(np.maximum(table, LEAST_EFFECT) / LEAST_EFFECT)
     return scale / max(scale.max(), 1e-12)
 

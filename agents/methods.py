@@ -57,3 +57,9 @@ def split_method(method: str) -> tuple[str, tuple[str, ...]]:
         if lever != "exchange" and name not in able:
             raise ArqError(f"{lever} cannot be added to {name}: only to {', '.join(able)}")
     return name, tuple(levers)
+
+
+def uses_sensitivities(method: str) -> bool:
+    """Whether a search measures the effect of few bits in each place before its first map."""
+    name, levers = split_method(method)
+    return name in WITH_SENSITIVITIES or not {*levers}.isdisjoint(INFORMED)

@@ -8,6 +8,7 @@ from arq_env.bitwidths import END_BITS, BitWidthMap, save_map
 from arq_env.budget import BudgetSpec
 from arq_env.env import ArqEnv
 from arq_env.evaluation import REWARD_VERSION, Evaluator
+from arq_env.sensitivity import SENSITIVITY_VERSION
 from arq_env.support.errors import ArqError, reason, shown
 from arq_env.support.files import read_json, write_json, writing
 from arq_env.support.provenance import provenance
@@ -15,7 +16,7 @@ from arq_env.support.provenance import provenance
 from .algorithms import ALGORITHMS, hyperparameters
 from .haq import CONSTANTS, haq_hyperparameters
 from .levers import changes
-from .methods import split_method
+from .methods import split_method, uses_sensitivities
 from .trace import Episode, read_trace
 
 
@@ -76,6 +77,8 @@ def open_folder(folder: Path, algorithm: str, env: ArqEnv, episodes: int, seed: 
         "hyperparameters": settings,
         **evaluation_identity(env.evaluator),
     }
+    if uses_sensitivities(algorithm):
+        config["sensitivity_version"] = SENSITIVITY_VERSION
     if "exchange" in levers:
         config["episodes"] = episodes  # they decide where it begins, so such a search cannot be made longer
     config = json.loads(json.dumps(config))  # tuples become lists, as they come back from the file

@@ -17,7 +17,7 @@ from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
 from arq_env.quantization.exact import exact_means
 from arq_env.rewards import REWARDS, CertifierSettings, Figures, Soft
-from arq_env.sensitivity import Divergence, Sensitivities, measure_sensitivities
+from arq_env.sensitivity import Divergence, SecondOrder, Sensitivities, estimate_sensitivities
 from arq_env.support.engines import Engine
 from arq_env.support.errors import ArqError
 
@@ -93,14 +93,14 @@ class Evaluator:
 
     @cached_property
     def sensitivities(self) -> Sensitivities:
-        """What few bits cost in each place, measured at first use by :func:`arq_env.sensitivity.forward_passes`, as many
-        as about 40 evaluations of ResNet-20 on CIFAR-10 make with the default settings.
+        """What few bits cost in each place, found at first use by :func:`arq_env.sensitivity.forward_passes`: about two
+        evaluations' worth.
         """
-        spread = self.engine.map if self.rounding == "exact" else map
-        measured, skipped = measure_sensitivities(self.divergence, spread), self.settings.regained_bits
+        order = SecondOrder(self.problem, self.quantizer, self.settings.seed)
+        found, skipped = estimate_sensitivities(order, self.engine.map), self.settings.regained_bits
         return {
             (layer, kind): effects[skipped:] + effects[-1:] * skipped if kind == "weight" else effects
-            for (layer, kind), effects in measured.items()
+            for (layer, kind), effects in found.items()
         }
 
     @cached_property

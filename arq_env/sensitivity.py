@@ -1,23 +1,32 @@
-"""How far few bits drive a network's predictions from FP32's: of a whole map, and of one place, for searches that add these up."""
+"""How far few bits drive a network's predictions from FP32's: in one place, for searches that add these up, and of a whole map."""
 
 import builtins
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, complete, free_layers
+from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, free_layers, uniform
 from arq_env.layers import Layer
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
+from arq_env.quantization.convert import copy_network
 from arq_env.quantization.exact import exact_means
 from arq_env.support.batches import batch_size
+from arq_env.support.errors import ArqError, reason
 
-#: Bit-widths that are measured; from the last of them on a bit more is taken to divide the effect by four, as it does the
-#: power of the quantization noise.
-MEASURED = (2, 3, 4)
-#: Noisy images that the predictions are compared on.
-IMAGES = 512
+#: A new number wherever the same network would get other sensitivities, so that what stands on them is not mixed (1: a divergence
+#: measured for each; 2: to second order).
+SENSITIVITY_VERSION = 2
+#: Bit-widths whose effect is found; from the last of them on a bit more is taken to divide it by four, as it does the power of the
+#: quantization noise.
+WITH_EFFECT = (2, 3, 4)
+#: Noisy images that predictions are looked at on, and so many of them at a time.
+IMAGES, BATCH = 512, 32
 
 #: What can get bits of its own: layer name, and "weight" or "activation".
 Place = tuple[str, str]
@@ -36,7 +45,7 @@ class Divergence:
     """
 
     def __init__(self, problem: Problem, quantizer: Quantizer, seed: int = 0):
-        self.quantizer, self.layers = quantizer, problem.layers
+        self.quantizer = quantizer
         self._images = problem.calibration_images(seed + 1, IMAGES)
         self._target = _log_probabilities(problem.network, self._images)
 
@@ -47,26 +56,135 @@ class Divergence:
         return F.kl_div(got, self._target, reduction="batchmean", log_target=True).item()
 
 
-def measure_sensitivities(divergence: Divergence, map: Callable = builtins.map) -> Sensitivities:
-    """The divergence of few bits in one place and 8 elsewhere, less that of 8 bits everywhere.
+@torch.inference_mode()
+def _log_probabilities(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([F.log_softmax(network(part), 1) for part in images.split(batch_size(images[0].numel(), BATCH))])
 
-    A place is the weights of a free layer, or the activations it reads (once where layers share them). The distance is that of
-    CLADO and of HAWQ's successors that use no Hessian; the layers are taken to add up.
+
+class SecondOrder:
+    """The divergence that few bits cause in each place alone, to second order: from one gradient for all places.
+
+    Rounding adds an error e to what a layer gives. Where it is small, the KL divergence is half the mean of (g . e)^2, with g the
+    gradient of log p(y) there and y drawn from the network's own predictions: the Fisher information, as in FIT (Zandonati et al.,
+    arXiv 2210.08502), here of an image's whole error. What of e is a shift or a scale of a channel that BatchNorm reads is left
+    out, since its statistics are estimated anew under quantization.
+
+    A call is for one part of the images, so that an engine can make them beside each other.
+
+    :param quantizer: of the problem's network, calibrated
+    :param seed: of images, noise and labels
+    :raises ArqError: by a call, when no gradient comes through the network
+    """
+
+    def __init__(self, problem: Problem, quantizer: Quantizer, seed: int = 0):
+        self.layers, self.seed = problem.layers, seed
+        self.network = copy_network(problem.network).requires_grad_(False)
+        images = problem.calibration_images(seed + 1, IMAGES)
+        self.images = len(images)
+        self.parts = images.split(batch_size(4 * images[0].numel(), BATCH))  # a gradient keeps all that it came through
+        self.quantized = [quantizer.convert(uniform(self.layers, bits, bits)) for bits in WITH_EFFECT]
+
+    def __call__(self, part: int) -> np.ndarray:
+        """Sum over a part's images, in nats: float64 [places, bit-widths with an effect]."""
+        images = self.parts[part]
+        changes = {place: torch.zeros(len(WITH_EFFECT), len(images)) for place in places(self.layers)}
+        decides = {layer.name: layer.tied_to or layer.name for layer in self.layers}
+        for call in self._calls(images, torch.Generator().manual_seed(self.seed * 1_000_003 + part)):
+            for i, network in enumerate(self.quantized):
+                of_weight, of_activation = call.changes(self.network.get_submodule(call.name), network.get_submodule(call.name))
+                for place, change in (((call.name, "weight"), of_weight), ((decides[call.name], "activation"), of_activation)):
+                    if place in changes:
+                        changes[place][i] += change.cpu()
+        return np.array([(change.double().square().sum(1) / 2).tolist() for change in changes.values()])
+
+    def _calls(self, images: torch.Tensor, generator: torch.Generator) -> "list[_Call]":
+        """Each call of a layer to be quantized, on noisy images, with the gradient of a drawn label's log-probability."""
+        made: list[_Call] = []
+        normed: set[int] = set()
+
+        def note(name: str) -> Callable:
+            def hook(module: nn.Module, inputs: tuple, keywords: dict, output: torch.Tensor) -> torch.Tensor:
+                input, *more = inputs or (keywords["input"],)
+                given = output.clone()  # both are copied since what follows may work in place
+                made.append(_Call(name, len(images), input.detach().clone(), tuple(more), output, given))
+                return given
+
+            return hook
+
+        hooks = [
+            self.network.get_submodule(layer.name).register_forward_hook(note(layer.name), with_kwargs=True)
+            for layer in self.layers
+        ]
+        norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
+        hooks += [norm.register_forward_pre_hook(lambda module, inputs: normed.add(id(inputs[0]))) for norm in norms]
+        try:
+            with torch.enable_grad():
+                log_p = F.log_softmax(self.network(images.clone().requires_grad_()), 1)
+                drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(images.device)
+                outputs = [call.output for call in made]
+                gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), outputs, materialize_grads=True)
+        except RuntimeError as error:
+            raise ArqError(
+                f"no gradient comes through the network ({reason(error)}): sensitivities need one, and so does fine-tuning"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [
+            call._replace(output=call.output.detach(), gradient=gradient, normed=id(call.given) in normed)
+            for call, gradient in zip(made, gradients, strict=True)
+        ]
+
+
+class _Call(NamedTuple):
+    """What a layer was given for so many images, what it gave, the gradient there, and whether BatchNorm reads that next."""
+
+    name: str
+    images: int
+    input: torch.Tensor
+    more: tuple
+    output: torch.Tensor
+    given: torch.Tensor
+    gradient: torch.Tensor = torch.empty(0)
+    normed: bool = False
+
+    @torch.no_grad()
+    def changes(self, module: Any, quantized: Any) -> list[torch.Tensor]:
+        """By how much rounding the weight, and rounding the input, changes each image's log-probability: both [images].
+
+        :param module, quantized: the layer, and what stands for it in a quantized network
+        """
+        rounded = quantized.integers(self.input) * quantized.activation_step
+        run, weight = quantized.kind.run, module.weight
+        errors = (
+            run(quantized, self.input, quantized.weight - weight, None, *self.more),
+            run(quantized, rounded - self.input, weight, None, *self.more),
+        )
+        return [(self._left(error) * self.gradient).reshape(self.images, -1).sum(1) for error in errors]
+
+    def _left(self, error: torch.Tensor) -> torch.Tensor:
+        """An error less the shift and the scale of each channel that BatchNorm takes out of it."""
+        if not self.normed:
+            return error
+        over = [0, *range(2, error.dim())]
+        error, output = (values - values.mean(over, keepdim=True) for values in (error, self.output))
+        share = (error * output).sum(over, keepdim=True) / output.square().sum(over, keepdim=True).clamp_min(1e-30)
+        return error - share * output
+
+
+def estimate_sensitivities(order: SecondOrder, map: Callable = builtins.map) -> Sensitivities:
+    """The divergence that few bits in one place cause; a place's effects are taken to add up to a map's.
+
+    A place is the weights of a free layer, or the activations it reads (once where layers share them).
 
     :param map: makes the calls, such as that of :func:`arq_env.support.engines.engine`
     :return: place to [7] divergences in nats, for 2 to 8 bits, not negative and not rising
     """
-    layers, untouched = divergence.layers, Bits(MAX_BITS, MAX_BITS)
-    widest = dict.fromkeys((layer.name for layer in layers), untouched)
-    least = divergence(widest)  # first, so that workers get the steps of 8 bits
-    chosen = [{layer: untouched._replace(**{kind: b})} for layer, kind in places(layers) for b in MEASURED]
-    found = iter(map(divergence, [complete(widest | one, layers) for one in chosen]))
+    effects = sum(map(order, range(len(order.parts)))) / order.images
     table: Sensitivities = {}
-    for layer, kind in places(layers):
-        measured = [max(next(found) - least, 0.0) for _ in MEASURED]
-        rest = [measured[-1] / 4 ** (b - MEASURED[-1]) for b in range(MEASURED[-1] + 1, MAX_BITS)]
-        falling = [*measured, *rest, 0.0]
-        table[layer, kind] = [max(falling[i:]) for i in range(len(falling))]  # noise must not make a bit worth less than none
+    for place, found in zip(places(order.layers), effects.tolist(), strict=True):
+        falling = [*found, *(found[-1] / 4 ** (bits - WITH_EFFECT[-1]) for bits in range(WITH_EFFECT[-1] + 1, MAX_BITS)), 0.0]
+        table[place] = [max(falling[i:]) for i in range(len(falling))]  # noise must not make a bit worth less than none
     return table
 
 
@@ -75,11 +193,6 @@ def places(layers: tuple[Layer, ...]) -> list[Place]:
     return [(layer.name, kind) for layer in free_layers(layers) for kind in Bits._fields if kind == "weight" or not layer.tied_to]
 
 
-def forward_passes(layers: tuple[Layer, ...], calibration_images: int) -> int:
-    """Images that :func:`measure_sensitivities` sends through a quantized network, BatchNorm's calibration included."""
-    return (1 + len(MEASURED) * len(places(layers))) * (calibration_images + IMAGES)
-
-
-@torch.inference_mode()
-def _log_probabilities(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([F.log_softmax(network(part), 1) for part in images.split(batch_size(images[0].numel(), 32))])
+def forward_passes() -> int:
+    """Images that the sensitivities send through a network, a gradient counted as two, and each rounding as one."""
+    return (3 + 2 * len(WITH_EFFECT)) * IMAGES

@@ -10,7 +10,8 @@ from stable_baselines3.common.env_checker import check_env
 from arq_agents.algorithms import build_agent
 from arq_agents.baselines import greedy, integer_program
 from arq_agents.haq import HaqEnv
-from arq_agents.levers import changes, demonstrate, demonstrations, exchange, seen_with, split_method
+from arq_agents.levers import changes, demonstrate, demonstrations, exchange, seen_with
+from arq_agents.methods import split_method
 from arq_agents.recorder import Recorder
 from arq_agents.trace import read_trace
 from arq_env import ArqError

@@ -41,9 +41,16 @@ class Quantizer:
         :param integers: on integer kernels where they give the same bits (:func:`arq_env.quantization.integer.on_integers`)
         :raises ArqError: naming the layer, when the map is not one for this network
         """
-        quantized = exact_norms(self._converted(bit_widths, lambda module, layer: QuantizedLayer(module, layer.name)))
+        quantized = self.convert(bit_widths)
         reestimate_batch_norm(on_integers(quantized) if integers else quantized, self.images)
         return quantized
+
+    def convert(self, bit_widths: BitWidthMap) -> nn.Module:
+        """What :meth:`quantize` returns, with the statistics of BatchNorm that the FP32 network has.
+
+        :raises ArqError: as :meth:`quantize`
+        """
+        return exact_norms(self._converted(bit_widths, lambda module, layer: QuantizedLayer(module, layer.name)))
 
     def learnable(self, bit_widths: BitWidthMap) -> nn.Module:
         """The same network in the form that fine-tuning trains: float weights and step sizes are parameters.
@@ -74,8 +81,7 @@ class Quantizer:
         if not self.layers.operators <= EXACT or self.layers.kept:
             return False
         widest = {layer.name: Bits(MAX_BITS, MAX_BITS) for layer in self.layers}
-        network = self._converted(widest, lambda module, layer: QuantizedLayer(module, layer.name))
-        quantized = [module for module in network.modules() if isinstance(module, QuantizedLayer)]
+        quantized = [module for module in self.convert(widest).modules() if isinstance(module, QuantizedLayer)]
         return all(layer.largest_sum() < 2**24 for layer in quantized)
 
     def _converted(self, bit_widths, make: Callable[[nn.Module, Layer], QuantizedLayer | LearnableLayer]) -> nn.Module:

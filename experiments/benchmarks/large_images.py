@@ -106,7 +106,7 @@ def main(options):
         "forward_passes": settings.forward_passes,
         "processor_seconds": {"once": once, "first_quantization": steps, "evaluation": seconds},
         "processor_seconds_a_forward_pass": seconds / settings.forward_passes,
-        "forward_passes_of_sensitivities": forward_passes(problem.layers, settings.calibration_images),
+        "forward_passes_of_sensitivities": forward_passes(),
         "peak_bytes": peak,
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
