@@ -163,7 +163,7 @@ def _certify(env: ArqEnv, found: BitWidthMap, folder: Path, options: argparse.Na
 def _compared(env: ArqEnv, maps: dict[str, BitWidthMap], folder: Path, options: argparse.Namespace) -> Comparison:
     """FP32 and maps certified on the same test images."""
     every = -(-len(env.problem.dataset.test.images) // options.test_images)
-    settings = TestSettings(every=every, n=options.test_n)
+    settings = TestSettings(every=every, n0=32, n=options.test_n)
     which = "all test images" if every == 1 else f"every {every}th test image"
     print(f"\ncertifying on {which} (the search saw none), n = {settings.n}, alpha = {settings.alpha}:")
     return compare_maps(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 MIN_BITS, MAX_BITS = 2, 8
 #: Batches of the short fine-tuning that tells what maps with high rewards are worth once finished.
 CONFIRMING_STEPS = 96
+#: Batches of the fine-tuning that ends a first result, within minutes.
+FIRST_STEPS = 48
 
 
 @dataclass(frozen=True)
