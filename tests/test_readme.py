@@ -37,7 +37,7 @@ def test_python_of_the_readme_runs(problem, tmp_path, monkeypatch):
     exec(certifier.replace("10_000", "1_000"), {"network": problem.network, "images": images, "labels": labels})
     assert (tmp_path / "log.tsv").exists()
     done: dict = {}
-    exec(environment.replace("ARQ-ResNet20-v0", "ARQ-ResNet20-Signs-v0"), done)
+    exec(environment.replace("2_700", "18"), done)
     assert done["info"]["bops_fraction"] <= 0.015625 and done["reward"] == done["info"]["reward"]
 
 
