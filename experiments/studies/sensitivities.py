@@ -24,11 +24,11 @@ import time
 from scipy import stats
 
 from arq_agents.baselines import least_sensitive
-from arq_agents.main import make_env
+from arq_agents.main import engine_of, make_env
 from arq_env.bitwidths import MAX_BITS, Bits, complete, uniform
 from arq_env.env import arq_env_of
 from arq_env.sensitivity import WITH_EFFECT, Divergence, SecondOrder, estimate_sensitivities, places
-from arq_env.support.engines import Engine, engine
+from arq_env.support.engines import Engine
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
 
@@ -37,7 +37,7 @@ SEEDS = (0, 1)
 
 def main(options):
     env = arq_env_of(make_env(options))
-    with engine(options.engine) as env.evaluator.engine:
+    with engine_of(options) as env.evaluator.engine:
         runs = engine_runs(env, env.evaluator.engine)
         keys = [(place, i) for place in places(env.layers) for i in range(len(WITH_EFFECT))]
         names = [f"{kind} {seed}" for kind in ("second order", "measured") for seed in SEEDS]

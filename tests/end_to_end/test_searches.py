@@ -97,7 +97,7 @@ def test_comparing_mistakes(called, tmp_path):
     assert_one_line_error(called("compare_searches", "--methods", "magic", "--output", tmp_path), "magic", "integer_program")
     assert_one_line_error(called("compare_searches", "--methods", "uniform", "--budget", "2", "--output", tmp_path), "fraction")
     signs = ["--env", "ARQ-ResNet20-Signs-v0", "--training", "gaussian"]
-    dear = called("compare_searches", *signs, "--methods", "greedy", "--episodes", "20", "--output", tmp_path)
+    dear = called("compare_searches", *signs, "--methods", "greedy", "--episodes", "4", "--output", tmp_path)
     assert_one_line_error(dear, "greedy measures", "--episodes more")
     assert_one_line_error(
         called("train_any_budget", "--low", "0", "--output", tmp_path / "x"), "budgets from 0.0 to 0.03", "low first"
