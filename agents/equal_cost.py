@@ -55,7 +55,7 @@ def recall(evaluator: Evaluator, store: Path) -> None:
 
 
 def share_sensitivities(evaluator: Evaluator, store: Path) -> None:
-    """Read the sensitivities from ``store``, or measure them and leave them there."""
+    """Read the sensitivities from ``store``, or find them and leave them there."""
     known = evaluation_identity(evaluator) | {"sensitivities": SENSITIVITY_VERSION}
     if (fix := evaluator.problem.fix) is not None:
         known |= {"fix": dict(fix)}  # other layers have sensitivities

@@ -8,7 +8,7 @@
 - ``exchange``: the last evaluations go to neighbours of the best map: :data:`EXCHANGES`, and what a search that ended early has
   left. Any search can have this one.
 
-The last three start from measured sensitivities, as the integer program does. Five more take away what the agents have by default,
+The last three start from sensitivities, as the integer program does. Five more take away what the agents have by default,
 so that it can be measured:
 
 - ``onestep``: returns bootstrapped after one step, in place of the certifier's own reward.

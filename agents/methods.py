@@ -14,7 +14,7 @@ SEARCHES = ("uniform", "random", "greedy", "integer_program", "evolution", "parz
 WITH_OPTUNA = ("evolution", "parzen")
 #: Those that propose the same maps whatever their rewards are.
 PLANNED = ("uniform", "random", "integer_program")
-#: Those that start from measured sensitivities, which take :func:`arq_env.sensitivity.forward_passes`.
+#: Those that start from sensitivities, which take :func:`arq_env.sensitivity.forward_passes`.
 WITH_SENSITIVITIES = ("greedy", "integer_program")
 
 #: What :func:`arq_agents.algorithms.build_agent` is told to do otherwise.
@@ -24,7 +24,7 @@ CHANGES: dict[str, dict[str, float]] = {
     "onegradient": {"gradient_steps": 1},
     "steadynoise": {"noise_decay": 1.0},
 }
-#: Those that need measured sensitivities, and all.
+#: Those that need sensitivities, and all.
 INFORMED = ("features", "demonstrations", "exchange")
 LEVERS = tuple(dict.fromkeys(("onehot", *INFORMED, *CHANGES, "unscaled", "incremental")))
 

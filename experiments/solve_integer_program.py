@@ -1,4 +1,4 @@
-"""Find bit-width maps as optima of integer programs over measured sensitivities."""
+"""Find bit-width maps as optima of integer programs over sensitivities."""
 
 from arq_agents import command_line
 
