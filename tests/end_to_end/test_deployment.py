@@ -71,7 +71,7 @@ def test_certificates_resume_after_a_kill(tmp_path):
     kill("certify", *arguments, when=lambda: len(lines(log)) > 1)
     kept = lines(log)
     done = script("certify", *arguments)
-    assert done.returncode == 0 and lines(log)[: len(kept)] == kept and "100 images" in done.stdout, done.stderr
+    assert done.returncode == 0 and lines(log)[: len(kept)] == kept and "100 test images" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
