@@ -127,9 +127,9 @@ class SecondOrder:
         def fork(module: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
             """Lets the gradient through a BatchNorm be told from what else reads the same."""
             input = inputs[0] if inputs else keywords["input"]
-            if id(input) in given:
+            if call := given.get(id(input)):
                 input = input.clone()
-                given[id(inputs[0] if inputs else keywords["input"])].normed.append(input)
+                call.normed.append(input)
             return (input, *inputs[1:]), {name: value for name, value in keywords.items() if name != "input"}
 
         kept: list[torch.Tensor] = []  # so that no two have the same id
@@ -238,11 +238,17 @@ def estimate_sensitivities(order: SecondOrder, map: Callable = builtins.map) -> 
             "sensitivities will give it the fewest bits",
             stacklevel=2,
         )
-    table: Sensitivities = {}
-    for place, found in zip(places(order.layers), effects.tolist(), strict=True):
-        falling = [*found, *(found[-1] / 4 ** (bits - WITH_EFFECT[-1]) for bits in range(WITH_EFFECT[-1] + 1, MAX_BITS)), 0.0]
-        table[place] = [max(falling[i:]) for i in range(len(falling))]  # noise must not make a bit worth less than none
-    return table
+    return {place: for_all_bits(found) for place, found in zip(places(order.layers), effects.tolist(), strict=True)}
+
+
+def for_all_bits(found: list[float]) -> list[float]:
+    """The effects of 2 to 8 bits, not rising, from those of :data:`WITH_EFFECT`; that of 8 is 0.
+
+    >>> for_all_bits([1.0, 0.5, 0.64])
+    [1.0, 0.64, 0.64, 0.16, 0.04, 0.01, 0.0]
+    """
+    effects = [*found, *(found[-1] / 4 ** (bits - WITH_EFFECT[-1]) for bits in range(WITH_EFFECT[-1] + 1, MAX_BITS)), 0.0]
+    return [max(effects[i:]) for i in range(len(effects))]  # noise must not make a bit worth less than none
 
 
 def places(layers: tuple[Layer, ...]) -> list[Place]:

@@ -27,7 +27,7 @@ from arq_agents.baselines import least_sensitive
 from arq_agents.main import engine_of, make_env
 from arq_env.bitwidths import MAX_BITS, Bits, complete, uniform
 from arq_env.env import arq_env_of
-from arq_env.sensitivity import WITH_EFFECT, Divergence, SecondOrder, estimate_sensitivities, places
+from arq_env.sensitivity import WITH_EFFECT, Divergence, SecondOrder, estimate_sensitivities, for_all_bits, places
 from arq_env.support.engines import Engine
 from arq_env.support.files import write_json
 from arq_env.support.provenance import provenance
@@ -81,12 +81,7 @@ def measured(divergence: Divergence, layers, engine: Engine) -> dict:
     ]
     least, *found = engine.map(divergence, [widest, *(complete(one, layers) for one in chosen)])
     effects = iter(found)
-    table = {}
-    for place in places(layers):
-        row = [max(next(effects) - least, 0.0) for _ in WITH_EFFECT]
-        row += [row[-1] / 4**more for more in range(1, MAX_BITS - WITH_EFFECT[-1])] + [0.0]
-        table[place] = [max(row[i:]) for i in range(len(row))]
-    return table
+    return {place: for_all_bits([max(next(effects) - least, 0.0) for _ in WITH_EFFECT]) for place in places(layers)}
 
 
 def groups(keys) -> dict:
