@@ -37,7 +37,7 @@ def parse():
     )
     parser.add_argument("--base", metavar="MODULE:FUNCTION", help="for weights of a network of your own: one of the same structure")
     parser.add_argument(
-        "--integer", action="store_true", help="a quantized torch network on integer kernels (needs an x86 CPU with VNNI)"
+        "--integer", action="store_true", help="a quantized torch network on integer kernels (needs an x86 CPU with AVX2)"
     )
     command_line.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="of a torch module, cpu or cuda; ONNX runs on the CPU")

@@ -52,7 +52,7 @@ def parse():
     parser.add_argument(
         "--integer",
         action=argparse.BooleanOptionalAction,
-        help="certify a quantized network on integer kernels, which changes no label (default: where an x86 CPU has VNNI)",
+        help="certify a quantized network on integer kernels, which changes no label (default: on an x86 CPU)",
     )
     command_line.add_engine(parser, "images to certify")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -39,7 +39,7 @@ def test_threads_and_integer_kernels_change_no_bit(monkeypatch):
         one = rewards(64)
         torch.set_num_threads(2)
         two = rewards(64)
-        monkeypatch.setattr(integer, "integer_kernels", lambda: False)
+        monkeypatch.setattr(integer, "exact_pairs", lambda: -1)
         floats = rewards(64)
     finally:
         torch.set_num_threads(threads)

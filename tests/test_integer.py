@@ -12,10 +12,10 @@ from arq_env.bitwidths import Bits, restrict, uniform
 from arq_env.certification import certify
 from arq_env.layers import find_layers
 from arq_env.quantization import Quantizer, integer, integer_network, load_quantized, save_quantized
-from arq_env.quantization.integer import IntegerConv2d, integer_kernels, weight_codes
+from arq_env.quantization.integer import IntegerConv2d, exact_pairs, integer_kernels, on_integers, weight_codes
 from arq_env.quantization.quantizers import weight_range
 
-pytestmark = pytest.mark.skipif(not integer_kernels(), reason="integer kernels need an x86 CPU with VNNI")
+pytestmark = pytest.mark.skipif(not integer_kernels(), reason="integer kernels need an x86 CPU with AVX2")
 
 
 class Strided(nn.Module):
@@ -33,6 +33,10 @@ class Strided(nn.Module):
         return self.last(torch.relu(self.signed(x)).mean((2, 3)))
 
 
+def count(network) -> int:
+    return sum(isinstance(module, IntegerConv2d) for module in network.modules())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_the_same_function(bits):
     torch.manual_seed(bits)
@@ -41,11 +45,34 @@ def test_the_same_function(bits):
     layers = find_layers(network, (3, 9, 9))
     quantized = Quantizer(network, layers, images).quantize(uniform(restrict(layers, {}), bits, bits))
     integer = integer_network(quantized)
-    assert sum(isinstance(module, IntegerConv2d) for module in integer.modules()) == 3
+    assert count(integer) == (3 if bits < 8 or exact_pairs() > 2**15 else 0)
     assert all(module.layer.largest_sum() < 2**24 for module in integer.modules() if isinstance(module, IntegerConv2d))
     with torch.inference_mode():
         for same in (integer, copy.deepcopy(integer), pickle.loads(pickle.dumps(integer))):
             assert torch.equal(same(images), quantized(images))
+
+
+@pytest.mark.parametrize(
+    "groups, inputs, outputs, bits, there",
+    [
+        (1, 6, 10, 4, True),
+        (8, 8, 8, 4, True),  # depthwise
+        (2, 16, 8, 4, True),
+        (2, 12, 20, 4, False),  # 6 and 10 channels a group: oneDNN's reference
+        (8, 8, 16, 4, False),
+        (1, 6, 10, 8, False),  # saturates without VNNI
+    ],
+)
+def test_integers_where_they_are_exact_and_fast(groups, inputs, outputs, bits, there, monkeypatch):
+    monkeypatch.setattr(integer, "exact_pairs", lambda: 2**15 - 1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(inputs, outputs, 3, groups=groups), nn.Flatten(), nn.Linear(16 * outputs, 3)).eval()
+    layers, images = find_layers(network, (inputs, 6, 6)), torch.rand(20, inputs, 6, 6)
+    quantized = Quantizer(network, layers, images).quantize(uniform(restrict(layers, {}), bits, bits))
+    converted = on_integers(copy.deepcopy(quantized))
+    assert count(converted) == there
+    with torch.inference_mode():
+        assert torch.equal(converted(images), quantized(images))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -86,6 +113,6 @@ def test_what_integers_cannot_do(problem, monkeypatch):
         integer_network(quantized)
     with pytest.raises(ArqError, match="move the network to the CPU"):
         integer_network(quantized.to("meta"))
-    monkeypatch.setattr(integer, "integer_kernels", lambda: False)
-    with pytest.raises(ArqError, match="VNNI"):
+    monkeypatch.setattr(integer, "exact_pairs", lambda: -1)
+    with pytest.raises(ArqError, match="AVX2"):
         integer_network(quantized)

@@ -15,8 +15,8 @@ from arq_env.support.errors import ArqError, shown
 def integer_network(network: nn.Module) -> nn.Module:
     """A copy whose quantized convolutions compute on 8-bit integers (oneDNN), faster than on floats that hold them.
 
-    The same function, bit for bit where the original's sums are exact. For inference on an x86 CPU with VNNI, without which
-    those kernels saturate.
+    The same function, bit for bit where the original's sums are exact. For inference on an x86 CPU. Without VNNI a layer whose
+    sums would saturate there, such as one of 8-bit weights and inputs, stays as it is.
 
     :param network: from :class:`arq_env.quantization.Quantizer` or :func:`arq_env.quantization.load_quantized`
     :raises ArqError: when the CPU is not one, the network is elsewhere or has no quantized layer, and, naming it, for a layer
@@ -25,7 +25,7 @@ def integer_network(network: nn.Module) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ArqError(f"network is {shown(network)}: give a torch module")
     if not integer_kernels():
-        raise ArqError("integer kernels need an x86 CPU with VNNI, and a torch that sees it: use the network as it is")
+        raise ArqError("integer kernels need an x86 CPU with AVX2, and a torch that sees it: use the network as it is")
     converted = copy.deepcopy(network)
     layers = [(name, module) for name, module in converted.named_modules() if getattr(module, "kind", None) is Conv2d]
     if not layers:
@@ -33,37 +33,64 @@ def integer_network(network: nn.Module) -> nn.Module:
     for name, module in layers:
         if module.codes.device.type != "cpu":
             raise ArqError(f"layer {name!r} is on {module.codes.device}: move the network to the CPU, where integer kernels run")
-        replace_module(converted, name, IntegerConv2d(module))
+        on_integers = IntegerConv2d(module)
+        if largest_pair(module) <= exact_pairs():
+            replace_module(converted, name, on_integers)
     return converted.eval()
 
 
 def on_integers(network: nn.Module) -> nn.Module:
-    """The network with integer kernels wherever they give the same bits, in place: for speed where the result must not change."""
-    if integer_kernels():
-        for name, module in list(network.named_modules()):
-            if _can(module) and module.codes.device.type == "cpu" and module.largest_sum() < 2**24:
-                replace_module(network, name, IntegerConv2d(module))
+    """The network with integer kernels wherever they give the same bits sooner, in place."""
+    for name, module in list(network.named_modules()):
+        if _can(module) and largest_pair(module) <= exact_pairs() and module.largest_sum() < 2**24 and _fast(module):
+            replace_module(network, name, IntegerConv2d(module))
     return network
 
 
 def _can(module: nn.Module) -> bool:
     """Whether a module is a quantized convolution that the kernels know."""
     kind, mode, padding = (getattr(module, name, None) for name in ("kind", "padding_mode", "padding"))
-    return isinstance(module, QuantizedLayer) and kind is Conv2d and mode == "zeros" and not isinstance(padding, str)
+    known = isinstance(module, QuantizedLayer) and kind is Conv2d and mode == "zeros" and not isinstance(padding, str)
+    return known and module.codes.device.type == "cpu"
+
+
+def _fast(layer) -> bool:
+    """Whether oneDNN has a kernel for the layer's groups, not only its reference, a hundred times slower than floats."""
+    outputs, inputs = len(layer.codes) // layer.groups, layer.codes.shape[1]
+    return layer.groups == 1 or inputs == outputs == 1 or inputs % 4 == outputs % 4 == 0
+
+
+def largest_pair(layer: QuantizedLayer) -> int:
+    """No sum of two products of the layer's codes, taken as the kernels take them (inputs from 0), is larger."""
+    return 2 * (layer.highest - layer.lowest) * int(layer.codes.int().abs().max())
 
 
 @functools.cache
-def integer_kernels() -> bool:
-    """Whether this CPU multiplies 8-bit integers without saturating (VNNI): as torch says, and as the largest sums come out."""
+def exact_pairs() -> int:
+    """Up to which sum of two products this CPU's kernels for 8-bit integers are exact; -1 where it has none.
+
+    With VNNI they add in 32 bits. Otherwise they add each two products in 16 bits and saturate, which few bits never reach. Both
+    as torch says and as such sums come out.
+    """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not capabilities.get("avx512_vnni", False):
-        return False
-    codes, weight = torch.full((1, 64, 3, 3), 255, dtype=torch.uint8), torch.full((16, 64, 3, 3), 127, dtype=torch.int8)
+    if capabilities.get("avx512_vnni", False) and _sums_are_exact(255, 127):
+        return 2**31 - 1
+    return 2**15 - 1 if capabilities.get("avx2", False) and _sums_are_exact(129, 127) else -1
+
+
+def integer_kernels() -> bool:
+    """Whether this CPU has kernels for 8-bit integers."""
+    return exact_pairs() >= 0
+
+
+def _sums_are_exact(code: int, weight: int) -> bool:
+    codes = torch.full((1, 64, 3, 3), code, dtype=torch.uint8)
+    weights = torch.full((16, 64, 3, 3), weight, dtype=torch.int8)
     ones, zeros, geometry = torch.ones(16), torch.zeros(16, dtype=torch.long), [[1, 1], [0, 0], [1, 1], 1]
-    packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, *geometry)
+    packed = torch.ops.onednn.qconv_prepack(weights, ones, 1.0, 0, *geometry)
     after: tuple = 1.0, 0, torch.float32, "none", [], ""
     sums = torch.ops.onednn.qconv_pointwise(codes, 1.0, 0, packed, ones, zeros, None, *geometry, *after)
-    return bool((sums == 255 * 127 * 64 * 9).all())
+    return bool((sums == code * weight * 64 * 9).all())
 
 
 def weight_codes(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +141,8 @@ class IntegerConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The quantized layer's output, float32."""
-        codes = self.layer.integers(x).add_(self.zero).to(torch.uint8)
+        codes = self.layer.integers(x)
+        codes = (codes.add_(self.zero) if self.zero else codes).to(torch.uint8)
         weight = self.packed, self.ones, self.zeros, None
         as_they_are: tuple = 1.0, 0, torch.float32, "none", [], ""
         sums = torch.ops.onednn.qconv_pointwise(codes, 1.0, self.zero, *weight, *self.geometry, *as_they_are)
