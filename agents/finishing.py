@@ -1,7 +1,7 @@
 """What maps are worth once finished: each fine-tuned by one short recipe and certified on test images, by an engine.
 
 A search can win its reward and lose the network; this is the number that counts. Options are those of a script that has called
-:func:`arq_agents.command_line.add_finishing` and :func:`arq_agents.command_line.add_environment`.
+:func:`arq_agents.shared_options.add_finishing` and :func:`arq_agents.shared_options.add_environment`.
 """
 
 import argparse

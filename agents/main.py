@@ -28,11 +28,11 @@ from arq_env.support.settings import TestSettings
 
 from .algorithms import hyperparameters
 from .baselines import least_sensitive
-from .command_line import IF_GIVEN, budget_name, label, own_arguments
 from .equal_cost import share_sensitivities
 from .methods import LEARNERS, split_method
 from .run_folder import export_map
 from .search import search
+from .shared_options import IF_GIVEN, budget_name, label, own_arguments
 from .target import cheapest
 from .trace import Episode, read_trace
 
@@ -47,7 +47,7 @@ PROBED, TOLD_HOURS = 16, 0.5
 def main(options: argparse.Namespace) -> None:
     """Run the search that a command line asks for.
 
-    :param options: of :func:`arq_agents.command_line.search_options`
+    :param options: of :func:`arq_agents.shared_options.search_options`
     """
     if getattr(options, "target", None) is not None:
         return reach(options)
@@ -127,7 +127,7 @@ def make_env(options: argparse.Namespace) -> gymnasium.Env:
     """The environment that a command line asks for.
 
     :param options: with ``env, budget, sigma, training, device, regained_bits``, and what
-        :func:`arq_agents.command_line.add_environment` has of a network of one's own
+        :func:`arq_agents.shared_options.add_environment` has of a network of one's own
     """
     arguments = {name: getattr(options, name) for name in ("budget", "sigma", "training", "device", "regained_bits")}
     arguments |= own_arguments(options)

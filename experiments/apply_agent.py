@@ -5,17 +5,17 @@ By default on what it learned on, for further budgets; with other options elsewh
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("agent", type=Path, metavar="RUN", help="folder of train_any_budget.py")
-    command_line.add_environment(parser)
+    shared_options.add_environment(parser)
     parser.set_defaults(env=None, sigma=None, training=None, regained_bits=None)  # those of the agent
     budgets = (0.005, 0.007, 0.009, 0.012, 1 / 64, 0.025)
     parser.add_argument("--budgets", type=float, nargs="+", default=budgets, help="budgets to export a map for")
-    command_line.add_engine(parser, "parts of evaluations")
+    shared_options.add_engine(parser, "parts of evaluations")
     parser.add_argument("--output", type=Path, help="folder for the maps (default: below RUN, named by what it is applied to)")
     return parser.parse_args()
 
@@ -29,8 +29,8 @@ from arq_env import ArqError
 
 def main(options):
     known = learned_on(options.agent)
-    if options.env is None and not command_line.own_arguments(options):  # else elsewhere
-        given = {name: value for name in command_line.IF_GIVEN if (value := getattr(options, name)) is not None}
+    if options.env is None and not shared_options.own_arguments(options):  # else elsewhere
+        given = {name: value for name in shared_options.IF_GIVEN if (value := getattr(options, name)) is not None}
         vars(options).update(known.get("problem", {}) | given)
     for name in ("env", "sigma", "training", "regained_bits"):
         if getattr(options, name) is None:
@@ -39,7 +39,7 @@ def main(options):
                 raise ArqError(f"{options.agent}/config.json does not say what {option} the agent learned on: give --{option}")
             setattr(options, name, known[name])
     finer = f"-regained{options.regained_bits}" if options.regained_bits != known.get("regained_bits") else ""
-    applied = f"applied-{options.env}{command_line.label(options)}-sigma{options.sigma:g}-{options.training}{finer}"
+    applied = f"applied-{options.env}{shared_options.label(options)}-sigma{options.sigma:g}-{options.training}{finer}"
     options.budget = max(options.budgets)
     env = make_env(options)
     agent, algorithm = load_agent(options.agent, env)

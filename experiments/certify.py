@@ -5,7 +5,7 @@ Stop it at any time: the same command goes on, from a log that belongs to this c
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -21,16 +21,16 @@ def parse():
         "finished on)",
     )
     parser.add_argument(
-        "--image-size", type=command_line.whole(1), metavar="PIXELS", help="scale and cut a folder's images to this edge"
+        "--image-size", type=shared_options.whole(1), metavar="PIXELS", help="scale and cut a folder's images to this edge"
     )
     parser.add_argument(
         "--sigma", type=float, help="standard deviation of the noise, in units of pixels in [0, 1] (default: the file's)"
     )
-    command_line.add_test_settings(parser)
+    shared_options.add_test_settings(parser)
     parser.add_argument("--method", choices=("cohen", "randomized", "sequential"), default="cohen", help="see docs/certifier.md")
     parser.add_argument(
         "--grid",
-        type=command_line.whole(1, 256),
+        type=shared_options.whole(1, 256),
         metavar="STEPS",
         help="draw the noise in so many steps a pixel value (1 will do), for a certificate of what is computed, rounding "
         "included; for quantized networks and ONNX files on integers (default: noise in float32)",
@@ -39,7 +39,7 @@ def parse():
     parser.add_argument(
         "--integer", action="store_true", help="a quantized torch network on integer kernels (needs an x86 CPU with AVX2)"
     )
-    command_line.add_engine(parser, "images")
+    shared_options.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="of a torch module, cpu or cuda; ONNX runs on the CPU")
     parser.add_argument("--output", type=Path, help="folder for the log and the figures (default: runs/certify and a name)")
     return parser.parse_args()

@@ -5,7 +5,7 @@ Tables that are already there, for the same network, map and settings, are not m
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -13,14 +13,14 @@ def parse():
     parser.add_argument("run", type=Path, help="run folder of a search, or a bit_widths.json, found or edited by hand")
     parser.add_argument(
         "--uniform",
-        type=command_line.whole(2, 8),
+        type=shared_options.whole(2, 8),
         nargs="*",
         default=[4],
         metavar="BITS",
         help="uniform maps to compare with, the first as the base",
     )
-    command_line.add_test_settings(parser)
-    command_line.add_engine(parser, "images")
+    shared_options.add_test_settings(parser)
+    shared_options.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--output", type=Path, help="JSON file for the figures (default: beside the map, named by every, offset and n)"

@@ -7,7 +7,7 @@ bits, levels and steps as JSON. See docs/export.md.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -19,7 +19,7 @@ def parse():
     parser.add_argument("--base", metavar="MODULE:FUNCTION", help="for a network of your own: returns one of the same structure")
     parser.add_argument(
         "--input-shape",
-        type=command_line.whole(1),
+        type=shared_options.whole(1),
         nargs=3,
         metavar=("C", "H", "W"),
         help="of one image (default: as the run says, 3 32 32 where it does not)",

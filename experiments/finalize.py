@@ -7,7 +7,7 @@ fine-tune the base network by the same recipe. Stop it at any time: the same com
 import argparse
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 #: Batches of fine-tuning from which compiling, a minute or so, pays.
 COMPILED_BATCHES = 500
@@ -20,7 +20,7 @@ def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("map", metavar="RUN", help="run folder, bit_widths.json, FP32, or uniform bits such as W4A4")
     parser.add_argument("--env", default=DEFAULT, help="id of the network and its data (a map's file decides for itself)")
-    command_line.add_problem(parser)
+    shared_options.add_problem(parser)
     parser.sigma_of_own = True
     parser.add_argument(
         "--sigma", type=float, default=0.5, help="standard deviation of the noise (a map's file decides for itself)"
@@ -28,12 +28,12 @@ def parse():
     parser.add_argument("--training", default="gaussian", help="of the base network (a map's file decides for itself)")
     shown = finetuning_recipe(0.5)
     for name, kind, what in (
-        ("epochs", command_line.whole(1), "passes over the images of an epoch"),
-        ("images", command_line.whole(0), "training images an epoch, drawn anew for each; 0 for all"),
-        ("batch", command_line.whole(1), "images a step"),
+        ("epochs", shared_options.whole(1), "passes over the images of an epoch"),
+        ("images", shared_options.whole(0), "training images an epoch, drawn anew for each; 0 for all"),
+        ("batch", shared_options.whole(1), "images a step"),
         ("peak-rate", float, "highest learning rate of the cycle"),
         ("distillation", float, "weight of the base network's predictions, 0 to 1; the rest goes to the labels"),
-        ("seed", command_line.whole(0), "of order, crops and noise, in training and in certification"),
+        ("seed", shared_options.whole(0), "of order, crops and noise, in training and in certification"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
     parser.add_argument(
@@ -42,8 +42,8 @@ def parse():
         default="auto",
         help="arithmetic of the training passes; auto: bf16 where the processor has it",
     )
-    parser.add_argument("--every", type=command_line.whole(1), default=20, help="certify on every so many-th test image")
-    parser.add_argument("--n", type=command_line.whole(10), default=1_000, help="noise samples that count a class")
+    parser.add_argument("--every", type=shared_options.whole(1), default=20, help="certify on every so many-th test image")
+    parser.add_argument("--n", type=shared_options.whole(10), default=1_000, help="noise samples that count a class")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -54,7 +54,7 @@ def parse():
         action=argparse.BooleanOptionalAction,
         help="certify a quantized network on integer kernels, which changes no label (default: on an x86 CPU)",
     )
-    command_line.add_engine(parser, "images to certify")
+    shared_options.add_engine(parser, "images to certify")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="folder for everything (default: RUN/final, or runs/final and a name)")
     return parser.parse_args()
@@ -185,8 +185,8 @@ def problem_of(options):
     """The problem that the command line names, where no map's file does."""
     if options.env not in ENVIRONMENTS:
         raise ArqError(f"there is no environment {options.env}: choose one of {', '.join(ENVIRONMENTS)}")
-    named = {name: value for name, value in ENVIRONMENTS[options.env].items() if name in command_line.OWN}
-    arguments = named | command_line.own_arguments(options)
+    named = {name: value for name, value in ENVIRONMENTS[options.env].items() if name in shared_options.OWN}
+    arguments = named | shared_options.own_arguments(options)
     if missing := [name for name in ("network", "data") if name not in arguments]:
         raise ArqError(f"{options.env} has no {missing[0]} of its own: give --{missing[0]}")
     return load_problem(**arguments, sigma=options.sigma, training=options.training, device=options.device)
@@ -205,7 +205,7 @@ def default_folder(options, name: str) -> Path:
     path = Path(options.map)
     if path.exists():
         return (path if path.is_dir() else path.parent) / "final"
-    what = command_line.label(options).removeprefix("-") or ENVIRONMENTS[options.env].get("data", options.env)
+    what = shared_options.label(options).removeprefix("-") or ENVIRONMENTS[options.env].get("data", options.env)
     return Path("runs/final") / f"{what}-sigma{options.sigma:g}-{options.training}-{name}"
 
 

@@ -5,7 +5,7 @@ Stop it at any time; the same command goes on after the last finished epoch.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -13,7 +13,7 @@ def parse():
     from arq_env.registration import DEFAULT, ENVIRONMENTS
 
     parser = command_line.parser(__doc__)
-    command_line.add_problem(parser, trained=False)
+    shared_options.add_problem(parser, trained=False)
     parser.set_defaults(**ENVIRONMENTS[DEFAULT])
     parser.add_argument("--sigma", type=float, default=Recipe.sigma, help="standard deviation of the noise, pixels in [0, 1]")
     parser.add_argument(
@@ -24,15 +24,15 @@ def parse():
         metavar="NAME",
         help="start from these weights: a shipped checkpoint, such as resnet20-cifar10-sigma0.5-gaussian, or a .safetensors file",
     )
-    parser.add_argument("--epochs", type=command_line.whole(1), default=Recipe.epochs, help="passes over the training images")
+    parser.add_argument("--epochs", type=shared_options.whole(1), default=Recipe.epochs, help="passes over the training images")
     parser.add_argument(
-        "--cycles", type=command_line.whole(1), default=Recipe.cycles, help="times the learning rate rises and falls"
+        "--cycles", type=shared_options.whole(1), default=Recipe.cycles, help="times the learning rate rises and falls"
     )
-    parser.add_argument("--batch", type=command_line.whole(1), default=Recipe.batch, help="images a step")
+    parser.add_argument("--batch", type=shared_options.whole(1), default=Recipe.batch, help="images a step")
     parser.add_argument("--peak-rate", type=float, default=Recipe.peak_rate, help="highest learning rate of the cycle")
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="L2 penalty of SGD")
     parser.add_argument(
-        "--seed", type=command_line.whole(0), default=Recipe.seed, help="decides initial weights, order, crops and noise"
+        "--seed", type=shared_options.whole(0), default=Recipe.seed, help="decides initial weights, order, crops and noise"
     )
     parser.add_argument(
         "--precision",
@@ -70,7 +70,7 @@ from arq_env.support.provenance import provenance
 
 def main(options):
     torch.manual_seed(options.seed)
-    own = command_line.own_arguments(options)
+    own = shared_options.own_arguments(options)
     network, start = build_network(own.pop("network"), own.pop("network_arguments", None)), ""
     if options.start:
         path = Path(options.start) if options.start.endswith(".safetensors") else SHIPPED / f"{options.start}.safetensors"

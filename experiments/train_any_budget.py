@@ -5,14 +5,14 @@ The budget of each episode is drawn at random; the observation holds it. Stop it
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--algorithm", default="td3", help="of stable-baselines3, and levers, such as td3+features+demonstrations")
-    command_line.add_environment(parser, training="consistency", regained_bits=1)
-    parser.add_argument("--episodes", type=command_line.whole(1), default=400, help="maps to try")
+    shared_options.add_environment(parser, training="consistency", regained_bits=1)
+    parser.add_argument("--episodes", type=shared_options.whole(1), default=400, help="maps to try")
     parser.add_argument("--low", type=float, default=0.005, help="smallest budget, as a fraction of FP32's bit operations")
     parser.add_argument("--high", type=float, default=0.03, help="largest budget")
     parser.add_argument(
@@ -21,9 +21,9 @@ def parse():
         nargs="+",
         help="budgets to export a map for, within those two (default: eight, evenly spaced on a log scale)",
     )
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the agent")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of the agent")
     parser.add_argument("--output", type=Path, default=Path("runs/any-budget"), help="run folder")
-    command_line.add_engine(parser, "parts of evaluations")
+    shared_options.add_engine(parser, "parts of evaluations")
     options = parser.parse_args()
     if not 0 < options.low < options.high <= 1:
         parser.error(f"budgets from {options.low} to {options.high} were asked for: give two fractions in (0, 1], --low first")

@@ -1,8 +1,8 @@
 """Search a bit-width map with stable-baselines3's SAC."""
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
-options = command_line.start(__name__, command_line.search_options, "sac")
+options = command_line.start(__name__, shared_options.search_options, "sac")
 
 from arq_agents.main import main
 

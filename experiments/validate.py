@@ -6,19 +6,19 @@ The folder is that of a search, of finalize.py or of certify_checkpoints.py. Exi
 import sys
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder to check; nothing in it is changed")
-    whole = command_line.whole(0)
+    whole = shared_options.whole(0)
     parser.add_argument("--episodes", type=whole, default=3, help="of a search, evaluated again beside the exported one; 0 for all")
     parser.add_argument(
         "--images", type=whole, default=4, help="of each table, certified again; 0 for all, and then missing tables are made, too"
     )
     parser.add_argument("--seed", type=whole, default=0, help="of their choice")
-    command_line.add_engine(parser, "evaluations and images")
+    shared_options.add_engine(parser, "evaluations and images")
     parser.add_argument("--output", type=Path, help="JSON file for the outcome (default: none)")
     return parser.parse_args()
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 from arq_agents.any_budget import DrawnBudget, train_for_any_budget
 from arq_agents.baselines import greedy, integer_program, least_sensitive, uniform_bits
 from arq_agents.haq import cut_to_budget
@@ -272,7 +272,7 @@ def test_limits_that_no_map_reaches():
 
 def test_a_budget_on_a_command_line(capsys):
     parser = command_line.parser("Anything.")
-    command_line.add_environment(parser, budget=0.01)
+    shared_options.add_environment(parser, budget=0.01)
     for words, budget, name in (
         ([], 0.01, "0.01"),
         (["0.007"], 0.007, "0.007"),
@@ -282,7 +282,7 @@ def test_a_budget_on_a_command_line(capsys):
         (["latency=3.5:t=1.json"], {"latency": {"milliseconds": 3.5, "table": "t=1.json"}}, "latency3.5"),
     ):
         found = parser.parse_args(["--budget", *words] if words else []).budget
-        assert found == budget and command_line.budget_name(found) == name
+        assert found == budget and shared_options.budget_name(found) == name
     for words, message in ((["much"], "--budget: invalid limit value: 'much'"), (["0.1", "bops=0.2"], "two limits of one kind")):
         with pytest.raises(SystemExit):
             parser.parse_args(["--budget", *words])

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 from arq_agents.haq import absolute_bits
 from arq_agents.run_folder import export_map
 from arq_agents.validation import Sample, check_folder
@@ -150,10 +150,10 @@ def test_validation_sees_bits_that_are_not_there(tmp_path):
 
 def test_on_a_command_line():
     parser = command_line.parser("")
-    command_line.add_environment(parser)
+    shared_options.add_environment(parser)
     options = parser.parse_args(["--fix", "first=8/8", "head.*=4/8", "--bits", "2", "4", "8"])
     assert options.fix == {"first": "8/8", "head.*": "4/8"} and options.bits == [2, 4, 8]
-    assert command_line.label(options) == "-fix-first-8-8-head.--4-8-bits-2-4-8"
+    assert shared_options.label(options) == "-fix-first-8-8-head.--4-8-bits-2-4-8"
     assert parser.parse_args(["--fix"]).fix == {} and parser.parse_args([]).fix is None
     for wrong in (["first"], ["first=8/8", "first=4/4"]):
         with pytest.raises(SystemExit):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arq_agents import command_line, console
+from arq_agents import console, shared_options
 from arq_env.support.errors import did_you_mean, reason
 from tests.end_to_end.scripts import assert_one_line_error, script
 
@@ -44,7 +44,7 @@ def test_a_wrong_command_is_one_line(monkeypatch, capsys):
 
 def parsed(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["experiments/train_td3.py", *map(str, arguments)])
-    return command_line.search_options("td3")
+    return shared_options.search_options("td3")
 
 
 def test_options_of_a_recorded_run(monkeypatch, tmp_path):

@@ -7,16 +7,16 @@ time that this leaves it is its excess. A stopped run starts over.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
-    parser.add_argument("--busy", type=command_line.whole(0), nargs="+", default=[0, 1, 3], help="other processes")
-    parser.add_argument("--images", type=command_line.whole(1), default=24, help="of the certificate")
-    parser.add_argument("--n", type=command_line.whole(10), default=100, help="noise samples of each of them")
-    parser.add_argument("--repeats", type=command_line.whole(1), default=5, help="of each, the median counts")
+    parser.add_argument("--busy", type=shared_options.whole(0), nargs="+", default=[0, 1, 3], help="other processes")
+    parser.add_argument("--images", type=shared_options.whole(1), default=24, help="of the certificate")
+    parser.add_argument("--n", type=shared_options.whole(10), default=100, help="noise samples of each of them")
+    parser.add_argument("--repeats", type=shared_options.whole(1), default=5, help="of each, the median counts")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/busy.json"), help="JSON file")
     return parser.parse_args()
 

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--images", type=command_line.whole(1), default=50, help="test images, evenly spaced")
-    parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
+    parser.add_argument("--images", type=shared_options.whole(1), default=50, help="test images, evenly spaced")
+    parser.add_argument("--n", type=shared_options.whole(1_000), default=10_000, help="noise samples that count the class")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of the certification noise")
     parser.add_argument(
         "--processes",
-        type=command_line.whole(1),
+        type=shared_options.whole(1),
         help="for the compiled network, one thread each (default: as many as torch has threads)",
     )
     parser.add_argument("--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table")

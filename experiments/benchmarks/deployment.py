@@ -5,16 +5,16 @@ Seconds are those of the processor, so that what else runs on the machine counts
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("run", type=Path, help="run folder of finalize.py, for a shipped checkpoint")
-    parser.add_argument("--batches", type=command_line.whole(1), nargs="+", default=[1, 32], help="images of a forward pass")
-    parser.add_argument("--rounds", type=command_line.whole(1), default=10, help="turns of each; the fastest counts")
+    parser.add_argument("--batches", type=shared_options.whole(1), nargs="+", default=[1, 32], help="images of a forward pass")
+    parser.add_argument("--rounds", type=shared_options.whole(1), default=10, help="turns of each; the fastest counts")
     parser.add_argument("--seconds", type=float, default=0.5, help="of one turn")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the images")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of the images")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/export"), help="folder for the table")
     return parser.parse_args()
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id")
-    parser.add_argument("--repeats", type=command_line.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
+    parser.add_argument("--repeats", type=shared_options.whole(1, 7), default=7, help="different maps to evaluate, up to 7")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of noise and calibration")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of noise and calibration")
     parser.add_argument(
         "--output",
         type=Path,

@@ -6,7 +6,7 @@ the processor.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -16,8 +16,8 @@ def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--env", choices=ids, default=ids[0], help="whose network")
     for name, what in (("images", "reward images"), ("calibration-images", "training images that ranges come from")):
-        parser.add_argument(f"--{name}", type=command_line.whole(2), help=f"{what} (default: as in a search)")
-    parser.add_argument("--files", type=command_line.whole(32), default=600, help="different images for each of the two")
+        parser.add_argument(f"--{name}", type=shared_options.whole(2), help=f"{what} (default: as in a search)")
+    parser.add_argument("--files", type=shared_options.whole(32), default=600, help="different images for each of the two")
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/large_images"), help="folder for a JSON file named by the id"
     )

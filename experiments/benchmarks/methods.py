@@ -6,17 +6,17 @@ noise.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--images", type=command_line.whole(20), default=250, help="test images, evenly spaced")
-    parser.add_argument("--thin", type=command_line.whole(1), default=5, help="replay for variants on every so many-th of them")
-    parser.add_argument("--n", type=command_line.whole(1_000), default=10_000, help="noise samples that count the class")
-    parser.add_argument("--replayed", type=command_line.whole(10), default=1_000, help="noise samples that a variant replays")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the certification noise")
-    command_line.add_engine(parser, "images")
+    parser.add_argument("--images", type=shared_options.whole(20), default=250, help="test images, evenly spaced")
+    parser.add_argument("--thin", type=shared_options.whole(1), default=5, help="replay for variants on every so many-th of them")
+    parser.add_argument("--n", type=shared_options.whole(1_000), default=10_000, help="noise samples that count the class")
+    parser.add_argument("--replayed", type=shared_options.whole(10), default=1_000, help="noise samples that a variant replays")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of the certification noise")
+    shared_options.add_engine(parser, "images")
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/certify_benchmark"), help="folder for the table and the plot"
     )

@@ -6,17 +6,17 @@ run starts over.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--env", default="ARQ-ResNet20-v0", help="environment id; ARQ-ResNet20-Signs-v0 downloads nothing")
-    parser.add_argument("--maps", type=command_line.whole(2), default=8, help="evaluated at a time")
-    parser.add_argument("--images", type=command_line.whole(1), default=64, help="to certify")
-    parser.add_argument("--n", type=command_line.whole(10), default=256, help="noise samples of each of them")
-    parser.add_argument("--workers", type=command_line.whole(1), nargs="+", default=[1, 2], help="that are measured")
-    parser.add_argument("--on-paper", type=command_line.whole(1), nargs="+", default=[8, 64, 512], help="that are worked out")
+    parser.add_argument("--maps", type=shared_options.whole(2), default=8, help="evaluated at a time")
+    parser.add_argument("--images", type=shared_options.whole(1), default=64, help="to certify")
+    parser.add_argument("--n", type=shared_options.whole(10), default=256, help="noise samples of each of them")
+    parser.add_argument("--workers", type=shared_options.whole(1), nargs="+", default=[1, 2], help="that are measured")
+    parser.add_argument("--on-paper", type=shared_options.whole(1), nargs="+", default=[8, 64, 512], help="that are worked out")
     parser.add_argument("--megabytes", type=float, default=100.0, help="a second that the network carries, on paper")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/scale.json"), help="JSON file")
     return parser.parse_args()

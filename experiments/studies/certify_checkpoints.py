@@ -5,7 +5,7 @@ Stop it at any time: every image that is done is in the TSV table of its network
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -13,11 +13,11 @@ def parse():
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="shipped checkpoints, such as resnet20-cifar10-sigma0.5-gaussian; all by default"
     )
-    command_line.add_test_settings(parser)
+    shared_options.add_test_settings(parser)
     parser.add_argument(
         "--compile", action="store_true", help="compile the network first (needs a C++ compiler; pays for n = 1,000)"
     )
-    command_line.add_engine(parser, "images")
+    shared_options.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/references"), help="folder for tables and figures")
     return parser.parse_args()

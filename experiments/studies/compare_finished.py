@@ -7,7 +7,7 @@ two maps as well. Reads what finalize.py and certify_checkpoints.py left; certif
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -16,7 +16,7 @@ def parse():
     parser.add_argument(
         "--references", type=Path, default=Path("experiments/results/references"), help="folder of certify_checkpoints.py"
     )
-    parser.add_argument("--n", type=command_line.whole(1), default=1_000, help="noise samples of the certificates to compare")
+    parser.add_argument("--n", type=shared_options.whole(1), default=1_000, help="noise samples of the certificates to compare")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/finals.json"), help="JSON file for the figures; the table goes beside it, as .md"
     )

@@ -9,7 +9,7 @@ rewards, in the figures' file, are Welch's and hold for all pairs at once. Stop 
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
@@ -23,11 +23,11 @@ def parse():
         metavar="METHOD",
         help="searches, each with what agents/levers.py adds, such as td3+features",
     )
-    parser.add_argument("--seeds", type=command_line.whole(1), default=5, help="runs of each search that draws at random")
-    parser.add_argument("--episodes", type=command_line.whole(2), default=200, help="evaluations a search may make")
-    command_line.add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
-    command_line.add_engine(parser, "searches")
-    command_line.add_finishing(parser)
+    parser.add_argument("--seeds", type=shared_options.whole(1), default=5, help="runs of each search that draws at random")
+    parser.add_argument("--episodes", type=shared_options.whole(2), default=200, help="evaluations a search may make")
+    shared_options.add_environment(parser, budget=0.007, training="consistency", regained_bits=1)
+    shared_options.add_engine(parser, "searches")
+    shared_options.add_finishing(parser)
     parser.add_argument("--rewards-only", action="store_true", help="finish no map")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder for runs, figures and plot")
     parser.add_argument("--name", default="comparison", help="of figures and plot there, before the budget")
@@ -72,7 +72,9 @@ def main(options):
     runs = [
         (method, seed) for seed in range(options.seeds) for method in options.methods if not seed or not is_deterministic(method)
     ]
-    folders = {run: options.output / f"budget{command_line.budget_name(options.budget)}" / "{}-seed{}".format(*run) for run in runs}
+    folders = {
+        run: options.output / f"budget{shared_options.budget_name(options.budget)}" / "{}-seed{}".format(*run) for run in runs
+    }
     with engine_of(options) as engine:
         with tqdm(total=len(runs) * options.episodes, unit="evaluation") as bar:
             searches = {engine.submit(search_one, run, folders[run], options) for run in runs}
@@ -85,7 +87,7 @@ def main(options):
         exported = {run: load_map(folder / "bit_widths.json", arq_env_of(env).layers)[0] for run, folder in folders.items()}
         finished = {} if options.rewards_only else finish(engine, {FP32: None, **exported}, options, store=options.output)
     document = summary(env, folders, finished, options)
-    name = f"{options.name}-budget{command_line.budget_name(options.budget)}"
+    name = f"{options.name}-budget{shared_options.budget_name(options.budget)}"
     write_json(options.output / f"{name}.json", document)
     plot(document, options.output / f"{name}.png")
     print(table(document))
@@ -140,7 +142,7 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
         for found in methods.values():
             found["evaluations_to_random_s_reward"] = reaches(np.array(found["mean"], float), goal)
     names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
-    settings = {name: getattr(options, name) for name in names} | command_line.own_arguments(options)
+    settings = {name: getattr(options, name) for name in names} | shared_options.own_arguments(options)
     settings |= {name: value for name in ("fix", "bits") if (value := getattr(options, name, None)) is not None}
     agreement = add_finished(methods, finished) if finished else {}
     return {"settings": settings, **agreement, "methods": methods, "provenance": provenance()}
@@ -222,7 +224,7 @@ def plot(document: dict, path: Path) -> None:
         (line,) = axes.plot(evaluations, mean, label=method, linestyle="--" if is_deterministic(method) else "-")
         axes.fill_between(evaluations, mean - error, mean + error, alpha=0.2, color=line.get_color(), linewidth=0)
     settings, budget = document["settings"], document["settings"]["budget"]
-    limit = f"{budget:.3%} of FP32's BOPs" if isinstance(budget, float) else command_line.budget_name(budget)
+    limit = f"{budget:.3%} of FP32's BOPs" if isinstance(budget, float) else shared_options.budget_name(budget)
     axes.set(xlabel="evaluations", ylabel="best reward so far", title=f"{settings['env']}, {limit}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", loc="lower right")

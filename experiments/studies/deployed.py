@@ -8,18 +8,18 @@ any time: the same command goes on with the certificates.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of finalize.py")
     parser.add_argument(
-        "--noisy", type=command_line.whole(1), default=10_000, help="noisy test images on which labels are compared"
+        "--noisy", type=shared_options.whole(1), default=10_000, help="noisy test images on which labels are compared"
     )
-    parser.add_argument("--images", type=command_line.whole(1), default=100, help="test images to certify, evenly spread")
-    parser.add_argument("--n", type=command_line.whole(10), default=1_000, help="noise samples that count a class")
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of the noise")
+    parser.add_argument("--images", type=shared_options.whole(1), default=100, help="test images to certify, evenly spread")
+    parser.add_argument("--n", type=shared_options.whole(10), default=1_000, help="noise samples that count a class")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of the noise")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/export"), help="folder for figures and logs")
     return parser.parse_args()
 

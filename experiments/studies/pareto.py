@@ -7,16 +7,16 @@ not made again. Maps of two curves that cost about the same are also compared in
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--maps", nargs="+", action="append", required=True, metavar=("NAME", "MAP"), help="a curve and its maps")
-    command_line.add_environment(parser, training="consistency", regained_bits=1)
+    shared_options.add_environment(parser, training="consistency", regained_bits=1)
     parser.set_defaults(budget=1.0)  # maps are taken as they are
-    command_line.add_engine(parser, "maps")
-    command_line.add_finishing(parser)
+    shared_options.add_engine(parser, "maps")
+    shared_options.add_finishing(parser)
     parser.add_argument(
         "--store", type=Path, default=Path("runs/compare"), help="folder of compare_searches.py, for what is finished"
     )

@@ -7,21 +7,21 @@ lines beside the result, and the same command goes on there.
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--maps", type=command_line.whole(4), default=30, help="random maps, the budgets taking turns")
+    parser.add_argument("--maps", type=shared_options.whole(4), default=30, help="random maps, the budgets taking turns")
     parser.add_argument("--budgets", type=float, nargs="+", default=[1 / 64, 0.009], help="bit operations, as fractions of FP32's")
     parser.add_argument("--sigma", type=float, default=0.5, help="standard deviation of the noise")
     parser.add_argument("--training", default="gaussian", help="of the base network")
-    parser.add_argument("--steps", type=command_line.whole(1), default=128, help="batches of fine-tuning")
+    parser.add_argument("--steps", type=shared_options.whole(1), default=128, help="batches of fine-tuning")
     parser.add_argument(
-        "--n", type=command_line.whole(5), default=32, help="noise samples that count a class of a finished network"
+        "--n", type=shared_options.whole(5), default=32, help="noise samples that count a class of a finished network"
     )
-    parser.add_argument("--seed", type=command_line.whole(0), default=0, help="of maps, training and noise")
-    command_line.add_engine(parser, "maps")
+    parser.add_argument("--seed", type=shared_options.whole(0), default=0, help="of maps, training and noise")
+    shared_options.add_engine(parser, "maps")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/rank_maps"), help="folder for the figures")
     return parser.parse_args()
 

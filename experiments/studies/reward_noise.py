@@ -7,15 +7,15 @@ the paired standard deviation is what a comparison of maps suffers from. Stop it
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
     parser.add_argument("--maps", type=Path, default=Path("experiments/results/compare/budget0.007"), help="folder of run folders")
-    parser.add_argument("--count", type=command_line.whole(3), default=16, help="distinct maps taken from there, at most")
-    parser.add_argument("--draws", type=command_line.whole(2), default=6, help="of each allocation")
-    command_line.add_engine(parser, "draws")
+    parser.add_argument("--count", type=shared_options.whole(3), default=16, help="distinct maps taken from there, at most")
+    parser.add_argument("--draws", type=shared_options.whole(2), default=6, help="of each allocation")
+    shared_options.add_engine(parser, "draws")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/reward_noise"), help="folder for what is measured")
     return parser.parse_args()
 

@@ -6,13 +6,13 @@ images, noise and labels, for what agreement there can be. A stopped run starts 
 
 from pathlib import Path
 
-from arq_agents import command_line
+from arq_agents import command_line, shared_options
 
 
 def parse():
     parser = command_line.parser(__doc__)
-    command_line.add_environment(parser, budget=0.007)
-    command_line.add_engine(parser, "measurements")
+    shared_options.add_environment(parser, budget=0.007)
+    shared_options.add_engine(parser, "measurements")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/sensitivities"), help="folder for the JSON file")
     return parser.parse_args()
 
