@@ -283,6 +283,7 @@ def test_training_mode_is_an_error():
     assert len(certify(classifier.eval(), images, [0, 0], **SETTINGS)) == 2
 
 
+@pytest.mark.slow
 def test_agreement_with_another_implementation():
     """adversarial-robustness-toolbox's randomized smoothing of the same network: radii agree within the sampling error."""
     from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing  # takes two seconds

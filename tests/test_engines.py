@@ -154,6 +154,7 @@ def test_worker_processes_change_nothing():
     assert pickle.loads(pickle.dumps(there)).engine.workers == 1
 
 
+@pytest.mark.slow
 def test_sensitivities_are_the_same_in_worker_processes():
     env, alone = make_toy_env(), make_toy_env()
     with engine("processes:2") as env.evaluator.engine:

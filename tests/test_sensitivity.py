@@ -16,7 +16,13 @@ from tests.test_own_environments import problem_of
 from tests.toy import toy_network, toy_problem
 
 
-@pytest.mark.parametrize("made", [toy_problem, lambda: problem_of("transformer")], ids=["convolutions", "transformer"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param(toy_problem, id="convolutions"),
+        pytest.param(lambda: problem_of("transformer"), id="transformer", marks=pytest.mark.slow),
+    ],
+)
 def test_they_are_what_one_place_after_the_other_measures(made):
     problem = made()
     quantizer, layers = Evaluator(problem).quantizer, problem.layers
