@@ -70,6 +70,7 @@ def finish(
     folder: Path,
     *,
     compile: bool = False,
+    at_once: int | None = None,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
 ) -> tuple[torch.nn.Module, list[dict]]:
@@ -79,6 +80,7 @@ def finish(
 
     :param bit_widths: None trains the FP32 network by the same recipe
     :param folder: holds the state that a killed call goes on from
+    :param compile, at_once: as for :func:`arq_env.networks.training.train`
     :param on_epoch: called with each epoch's record, with ``held_out_acr`` in it
     :return: the quantized network, and the record of each epoch
     :raises ArqError: when the map is not one for this network, or the folder holds the state of another map, network, data set,
@@ -98,6 +100,7 @@ def finish(
         folder,
         what=what,
         compile=compile,
+        at_once=at_once,
         judge=lambda network: {"held_out_acr": held_out_acr(evaluator, network)},
         on_batch=on_batch,
         on_epoch=on_epoch,

@@ -42,6 +42,12 @@ def parse():
         default="auto",
         help="arithmetic of the training passes; auto: bf16 where the processor has it",
     )
+    parser.add_argument(
+        "--at-once",
+        type=shared_options.whole(1),
+        metavar="N",
+        help="images of a step that go through the network together, for memory's sake (default: all, or what keeps to 4 GiB)",
+    )
     parser.add_argument("--every", type=shared_options.whole(1), default=20, help="certify on every so many-th test image")
     parser.add_argument("--n", type=shared_options.whole(10), default=1_000, help="noise samples that count a class")
     parser.add_argument(
@@ -110,7 +116,14 @@ def main(options):
                 writer.add_scalar(f"finetune/{key}", value, record["epoch"])
 
         network, records = finish(
-            evaluator, bit_widths, recipe, folder, compile=options.compile, on_batch=bar.update, on_epoch=on_epoch
+            evaluator,
+            bit_widths,
+            recipe,
+            folder,
+            compile=options.compile,
+            at_once=options.at_once,
+            on_batch=bar.update,
+            on_epoch=on_epoch,
         )
     writer.close()
 

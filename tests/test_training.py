@@ -9,8 +9,9 @@ import torch
 from arq_env import ArqError
 from arq_env.datasets import Split
 from arq_env.datasets.augment import random_crop, to_float
-from arq_env.networks import checkpoints
+from arq_env.networks import checkpoints, memory
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from arq_env.networks.memory import images_at_once, kept_bytes
 from arq_env.networks.recipe import Recipe, training_method
 from arq_env.networks.resnet import resnet20
 from arq_env.networks.training import noisy_accuracy, smoothing_loss, train
@@ -51,6 +52,50 @@ def test_a_killed_training_resumes_to_the_same_weights(recipe, tmp_path):
     assert [record["epoch"] for record in history] == [1, 2, 3]
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+class WithoutNorm(torch.nn.Sequential):
+    """What it computes of an image does not depend on the images beside it, in training either."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 3))
+
+
+@pytest.mark.parametrize("noises", [1, 2])
+def test_a_batch_in_parts_has_the_whole_batch_s_gradient(noises, tmp_path, monkeypatch):
+    monkeypatch.setattr("arq_env.networks.training.random_crop", lambda images, *_, **__: images)  # parts draw other ones
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
+    recipe, trained = replace(RECIPE, epochs=1, noises=noises, consistency=float(noises - 1)), {}
+    for at_once in (None, 50, 20):
+        trained[at_once] = WithoutNorm()
+        train(trained[at_once], toy_dataset(), recipe, tmp_path / str(at_once), at_once=at_once)
+    states = [network.state_dict() for network in trained.values()]
+    for name, whole in states[0].items():
+        assert torch.equal(whole, states[1][name]), name
+        torch.testing.assert_close(whole, states[2][name], msg=name)
+    assert belongs(tmp_path / "20") != belongs(tmp_path / "50") == belongs(tmp_path / "None")
+
+
+def belongs(folder) -> str:
+    return torch.load(folder / "training.pt", weights_only=True)["belongs_to"]
+
+
+def test_as_many_images_go_through_together_as_memory_holds(tmp_path, monkeypatch):
+    shape, network = toy_dataset().image_shape, fresh()
+    assert images_at_once(network, shape, 50) == 50
+    image = (kept_bytes(network, torch.rand(12, *shape)) - kept_bytes(network, torch.rand(2, *shape))) // 10
+    monkeypatch.setattr(memory, "KEPT_BYTES", 20 * image)
+    assert 18 <= images_at_once(network, shape, 50) <= 20
+    monkeypatch.setattr(memory, "KEPT_BYTES", 1)
+    assert images_at_once(network, shape, 50) == 2 and images_at_once(network, shape, 1) == 1
+    sizes = []
+    network.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])) if module.training else None)
+    train(network, toy_dataset(), replace(RECIPE, epochs=1), tmp_path)
+    assert set(sizes) == {2, 4} and sum(sizes) == 6 + 26 * 50  # 4: measuring what is kept
+    monkeypatch.undo()
+    with pytest.raises(ArqError, match="parts of a batch"):
+        train(fresh(), toy_dataset(), replace(RECIPE, epochs=1), tmp_path)
 
 
 def test_loss_is_the_published_one():

@@ -19,6 +19,7 @@ from arq_env.datasets import Dataset
 from arq_env.datasets.augment import as_tensor, random_crop, to_float
 from arq_env.datasets.files import ImageFiles
 from arq_env.networks.checkpoints import channels_last
+from arq_env.networks.memory import images_at_once
 from arq_env.networks.recipe import Recipe
 from arq_env.networks.state import restore_state, save_state
 from arq_env.support.batches import batch_size
@@ -39,6 +40,7 @@ def train(
     teacher: torch.nn.Module | None = None,
     device: str = "cpu",
     compile: bool = False,
+    at_once: int | None = None,
     what: dict | None = None,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
@@ -53,6 +55,8 @@ def train(
     :param teacher: network whose predictions are distilled, in evaluation mode; needed where the recipe distils
     :param device: where images, noise and network live, as torch names it
     :param compile: run through ``torch.compile`` (needs a C++ compiler; pays after about two epochs)
+    :param at_once: images of a step that go through the network together, their gradients added up; BatchNorm sees them alone. By
+        default as many as :func:`arq_env.networks.memory.images_at_once` says, all of them where images are small
     :param what: whatever else decides the weights, as plain data for JSON: a state made with anything else is not resumed
     :param on_batch: called with the number of batches done since the last call, for a progress bar
     :param on_epoch: called with each epoch's record, which it may add to: epoch, loss, rate, images_per_second,
@@ -70,6 +74,9 @@ def train(
     images = None if isinstance(given, ImageFiles) else as_tensor(given).to(device)  # those of files are too many to hold
     labels = as_tensor(dataset.train.labels).to(device)
     channels_last(network.to(device))
+    if at_once is None:
+        at_once = images_at_once(network, dataset.image_shape, recipe.batch * recipe.noises) // recipe.noises
+    parts = -(-recipe.batch // max(1, at_once))
     step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
     others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
     groups: list[dict[str, Any]] = [{"params": others}]
@@ -95,7 +102,8 @@ def train(
         )
 
     schedule = new_cycle()
-    belongs_to = json.dumps({"recipe": asdict(recipe), "data set": dataset.digest} | (what or {}))
+    divided = {"parts of a batch": parts} if parts > 1 else {}
+    belongs_to = json.dumps({"recipe": asdict(recipe), "data set": dataset.digest} | divided | (what or {}))
     history = restore_state(folder, belongs_to, network, optimizer, schedule)
     on_batch(len(history) * steps)
     # Fusing multiplications with additions speeds up the loops around the convolutions.
@@ -112,31 +120,33 @@ def train(
         network.train()
         total, start = torch.zeros((), device=device), time.perf_counter()
         for chosen in order[: steps * recipe.batch].split(recipe.batch):
-            taken = as_tensor(given[chosen.cpu().numpy()]).to(device) if images is None else images[chosen]
-            batch = to_float(random_crop(taken, generator, flip=dataset.flip))
-            batch = torch.cat([batch] * recipe.noises)
-            noise = torch.randn(batch.shape, generator=generator, device=device)
-            batch.add_(noise, alpha=recipe.sigma)
-            taught = None
-            with autocast:
-                if teach is not None:
-                    with torch.no_grad():
-                        taught = teach(batch).float()
-                logits = forward(batch).float()
-            loss = smoothing_loss(
-                logits,
-                labels[chosen],
-                noises=recipe.noises,
-                consistency=recipe.consistency,
-                entropy=recipe.entropy,
-                teacher_logits=taught,
-                distillation=recipe.distillation,
-            )
             optimizer.zero_grad()
-            loss.backward()
+            for part in chosen.tensor_split(parts):
+                taken = as_tensor(given[part.cpu().numpy()]).to(device) if images is None else images[part]
+                batch = to_float(random_crop(taken, generator, flip=dataset.flip))
+                batch = torch.cat([batch] * recipe.noises)
+                noise = torch.randn(batch.shape, generator=generator, device=device)
+                batch.add_(noise, alpha=recipe.sigma)
+                taught = None
+                with autocast:
+                    if teach is not None:
+                        with torch.no_grad():
+                            taught = teach(batch).float()
+                    logits = forward(batch).float()
+                loss = smoothing_loss(
+                    logits,
+                    labels[part],
+                    noises=recipe.noises,
+                    consistency=recipe.consistency,
+                    entropy=recipe.entropy,
+                    teacher_logits=taught,
+                    distillation=recipe.distillation,
+                )
+                loss = loss * (len(part) / len(chosen))
+                loss.backward()
+                total += loss.detach()
             optimizer.step()
             schedule.step()
-            total += loss.detach()
             on_batch(1)
         record = {
             "epoch": epoch + 1,

@@ -22,6 +22,7 @@ def finetune(
     *,
     what: dict | None = None,
     compile: bool = False,
+    at_once: int | None = None,
     judge: Callable[[nn.Module], dict] | None = None,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
@@ -36,6 +37,7 @@ def finetune(
     :param bit_widths: None trains the network by the same recipe without quantization, for a fair comparison
     :param recipe: such as :func:`arq_env.networks.recipe.finetuning_recipe` gives; the base network is the teacher if it distils
     :param what: what decides the result beside map, data set and recipe, as plain data for JSON
+    :param compile, at_once: as for :func:`arq_env.networks.training.train`
     :param judge: what to add to an epoch's record, of the network that it would end with
     :param on_epoch: called with each epoch's record
     :raises ArqError: when the map is not one for this network, or the folder holds the state of another map, data set or recipe, or
@@ -58,6 +60,7 @@ def finetune(
         teacher=quantizer.network,
         device=str(quantizer.images.device),
         compile=compile,
+        at_once=at_once,
         what={"map": bit_widths} | (what or {}),
         on_batch=on_batch,
         on_epoch=judged,
