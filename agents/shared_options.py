@@ -161,6 +161,19 @@ class _Fix(argparse.Action):
         setattr(namespace, self.dest, fixed)
 
 
+def add_fix(parser: argparse._ActionsContainer) -> None:
+    """The option ``--fix``, as :func:`arq_env.bitwidths.restrict` takes it."""
+    parser.add_argument(
+        "--fix",
+        nargs="*",
+        type=_fixed,
+        action=_Fix,
+        metavar="NAME=W/A",
+        help="layers (first, last, or by name, * for any part) whose weight and activation bits are not chosen, and these "
+        "(default: first=8/8 last=8/8; alone: none)",
+    )
+
+
 def own_arguments(options: argparse.Namespace) -> dict:
     """What was given of :func:`add_problem`'s options, as keyword arguments of :func:`arq_env.problem.load_problem`."""
     given = {name: getattr(options, name) for name in OWN if getattr(options, name, None) is not None}
@@ -209,15 +222,7 @@ def add_environment(
             metavar="LIMIT",
             help="bit operations, as a fraction of FP32's; or several of bops=0.01 bytes=120000 latency=3.5:milliseconds.json",
         )
-    group.add_argument(
-        "--fix",
-        nargs="*",
-        type=_fixed,
-        action=_Fix,
-        metavar="NAME=W/A",
-        help="layers (first, last, or by name, * for any part) whose weight and activation bits are not chosen, and these "
-        "(default: first=8/8 last=8/8; alone: none)",
-    )
+    add_fix(group)
     group.add_argument(
         "--bits", nargs="+", type=int, metavar="BITS", help="bit-widths that there are, such as 2 4 8 (default: 2 to 8)"
     )

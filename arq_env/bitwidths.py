@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 from arq_env.layers import Layer, Layers, kept_macs, total_macs
 from arq_env.support.errors import ArqError, reason, shown
 from arq_env.support.files import checked_path, read_json, write_json
-from arq_env.support.settings import MAX_BITS, MIN_BITS
+from arq_env.support.settings import MAX_BITS, MIN_BITS, UNIFORM
 
 #: Bits at which the first and the last layer are fixed by default; every method in the field leaves them at 8.
 END_BITS = 8
 #: Weight and activation bits as text, such as 4/8.
 PAIR = re.compile(rf"([{MIN_BITS}-{MAX_BITS}])/([{MIN_BITS}-{MAX_BITS}])")
-#: What uniform bits are called, such as W4A4.
-UNIFORM = re.compile(r"W(\d)A(\d)")
 FORMAT, VERSION = "arq-bit-widths", 1
 
 

@@ -16,11 +16,13 @@ COMPILED_BATCHES = 500
 def parse():
     from arq_env.networks.recipe import finetuning_recipe
     from arq_env.registration import DEFAULT
+    from arq_env.support.settings import UNIFORM
 
     parser = command_line.parser(__doc__)
     parser.add_argument("map", metavar="RUN", help="run folder, bit_widths.json, FP32, or uniform bits such as W4A4")
     parser.add_argument("--env", default=DEFAULT, help="id of the network and its data (a map's file decides for itself)")
     shared_options.add_problem(parser)
+    shared_options.add_fix(parser)
     parser.sigma_of_own = True
     parser.add_argument(
         "--sigma", type=float, default=0.5, help="standard deviation of the noise (a map's file decides for itself)"
@@ -63,7 +65,10 @@ def parse():
     shared_options.add_engine(parser, "images to certify")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="folder for everything (default: RUN/final, or runs/final and a name)")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.fix is not None and not UNIFORM.fullmatch(given.map):
+        parser.error("--fix is for uniform bits, such as W4A4: a map's file says what is fixed, and FP32 has no bits")
+    return given
 
 
 options = command_line.start(__name__, parse)
@@ -76,7 +81,7 @@ from tqdm import tqdm
 
 from arq_agents.main import engine_of
 from arq_env import ArqError
-from arq_env.bitwidths import UNIFORM, bops_fraction, named_uniform, save_map
+from arq_env.bitwidths import bops_fraction, named_uniform, save_map
 from arq_env.certification import CompiledNetwork
 from arq_env.comparison import TestSettings, certify_on_test_images, summarize
 from arq_env.evaluation import Evaluator
@@ -92,6 +97,7 @@ from arq_env.rewards import CertifierSettings, settings_of
 from arq_env.support.files import write_json, writing
 from arq_env.support.machine import compiles, fastest_precision
 from arq_env.support.provenance import provenance
+from arq_env.support.settings import UNIFORM
 
 
 def main(options):
@@ -202,7 +208,7 @@ def problem_of(options):
     arguments = named | shared_options.own_arguments(options)
     if missing := [name for name in ("network", "data") if name not in arguments]:
         raise ArqError(f"{options.env} has no {missing[0]} of its own: give --{missing[0]}")
-    return load_problem(**arguments, sigma=options.sigma, training=options.training, device=options.device)
+    return load_problem(**arguments, sigma=options.sigma, training=options.training, fix=options.fix, device=options.device)
 
 
 def for_certification(network, options, *, quantized: bool):
@@ -218,7 +224,9 @@ def default_folder(options, name: str) -> Path:
     path = Path(options.map)
     if path.exists():
         return (path if path.is_dir() else path.parent) / "final"
-    what = shared_options.label(options).removeprefix("-") or ENVIRONMENTS[options.env].get("data", options.env)
+    own = shared_options.own_arguments(options)
+    what = "" if "network" in own or "data" in own else ENVIRONMENTS[options.env].get("data", options.env)
+    what = (what + shared_options.label(options)).removeprefix("-")
     return Path("runs/final") / f"{what}-sigma{options.sigma:g}-{options.training}-{name}"
 
 

@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from arq_env.bitwidths import UNIFORM
 from arq_env.comparison import FP32
 from arq_env.report import figures
 from arq_env.report.run import Run, figures_of
 from arq_env.report.section import Section, duration
+from arq_env.support.settings import UNIFORM
 
 #: What runs must share for their rewards to be compared.
 _REWARDED_ALIKE = ("network", "data", "sigma", "certifier", "reward_version")

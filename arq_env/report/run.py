@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from arq_env.bitwidths import FORMAT, UNIFORM
+from arq_env.bitwidths import FORMAT
 from arq_env.certification import Certificates, smoothing_radius
 from arq_env.comparison import FP32, paired_difference, paired_ratio, standard_error
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json
+from arq_env.support.settings import UNIFORM
 
 #: What the network of a folder of ``finalize.py`` is called, beside those that the search certified.
 FINAL = "final"

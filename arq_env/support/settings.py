@@ -1,7 +1,10 @@
-"""Numbers that a command line shows, kept apart from what imports torch."""
+"""What a command line shows or reads, kept apart from what imports torch."""
 
+import re
 from dataclasses import dataclass
 
+#: What uniform bits are called, such as W4A4.
+UNIFORM = re.compile(r"W(\d)A(\d)")
 MIN_BITS, MAX_BITS = 2, 8
 #: Batches of the short fine-tuning that tells what maps with high rewards are worth once finished.
 CONFIRMING_STEPS = 96

@@ -1,4 +1,6 @@
-"""Measure seconds and peak memory of one evaluation of a large network, on synthetic images of 224x224 in JPEG files.
+"""Measure seconds and peak memory of one evaluation of a large network, or of one step of its fine-tuning.
+
+On synthetic images of 224x224 in JPEG files.
 
 The weights are random and the labels what the network says, for neither changes what an evaluation costs. Seconds are those of
 the processor.
@@ -18,6 +20,7 @@ def parse():
     for name, what in (("images", "reward images"), ("calibration-images", "training images that ranges come from")):
         parser.add_argument(f"--{name}", type=shared_options.whole(2), help=f"{what} (default: as in a search)")
     parser.add_argument("--files", type=shared_options.whole(32), default=600, help="different images for each of the two")
+    parser.add_argument("--finetuning", action="store_true", help="a step of fine-tuning in place of an evaluation")
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/large_images"), help="folder for a JSON file named by the id"
     )
@@ -41,7 +44,9 @@ from arq_env.datasets import Dataset, Split
 from arq_env.datasets.augment import as_tensor, to_float
 from arq_env.datasets.files import ImageFiles
 from arq_env.evaluation import Evaluator
+from arq_env.finishing import brief_recipe, finish_briefly
 from arq_env.networks.checkpoints import build_network, channels_last
+from arq_env.networks.memory import images_at_once
 from arq_env.problem import Problem
 from arq_env.quantization.calibrate import reestimate_batch_norm
 from arq_env.registration import ENVIRONMENTS
@@ -97,22 +102,31 @@ def main(options):
         once = measured(lambda: (evaluator.reference, evaluator.quantizer))
         bit_widths = uniform(problem.layers, 4, 4)
         steps = measured(lambda: evaluator.quantizer.quantize(bit_widths))  # chosen once a search, for each layer and bit-width
-        seconds = measured(lambda: evaluator.evaluate(bit_widths))
+        if options.finetuning:
+            seconds = measured(lambda: finish_briefly(evaluator, bit_widths, 1))
+        else:
+            seconds = measured(lambda: evaluator.evaluate(bit_widths))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    document = {
-        "env": options.env,
-        "network": named["network"],
-        "settings": vars(settings),
-        "forward_passes": settings.forward_passes,
-        "processor_seconds": {"once": once, "first_quantization": steps, "evaluation": seconds},
-        "processor_seconds_a_forward_pass": seconds / settings.forward_passes,
-        "forward_passes_of_sensitivities": forward_passes(),
+    document = {"env": options.env, "network": named["network"], "settings": vars(settings)}
+    if options.finetuning:
+        batch, what = brief_recipe(problem, 1).batch, "a step of fine-tuning"
+        at_once = images_at_once(evaluator.quantizer.learnable(bit_widths), problem.dataset.image_shape, batch)
+        document |= {"processor_seconds": seconds, "batch": batch, "images_at_once": at_once}
+    else:
+        what = f"an evaluation ({settings.forward_passes} images)"
+        document |= {
+            "forward_passes": settings.forward_passes,
+            "processor_seconds": {"once": once, "first_quantization": steps, "evaluation": seconds},
+            "processor_seconds_a_forward_pass": seconds / settings.forward_passes,
+            "forward_passes_of_sensitivities": forward_passes(),
+        }
+    document |= {
         "peak_bytes": peak,
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
     }
-    write_json(options.output / f"{options.env}.json", document)
-    print(f"{options.env}: {seconds:.0f} s of a core an evaluation ({settings.forward_passes} images), peak {peak / 1e9:.2f} GB")
+    write_json(options.output / f"{options.env}{'-finetuning' if options.finetuning else ''}.json", document)
+    print(f"{options.env}: {seconds:.0f} s of a core {what}, peak {peak / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,13 @@ def test_from_a_module_and_a_folder_to_certificates(run, tmp_path, monkeypatch):
     images, labels = problem.test_images(every=3)
     assert (quantized(images).argmax(1).numpy() == labels).mean() > 0.6
 
-    done = run("finalize", "W4A4", *own, "--checkpoint", weights, "--epochs", "1", "--batch", "30", "--every", "30", "--n", "20")
-    assert done.returncode == 0 and (tmp_path / "runs/final/make_net-photos-sigma0.25-gaussian-W4A4").is_dir(), done.stderr
+    brief = ["--epochs", "1", "--batch", "30", "--at-once", "10", "--every", "30", "--n", "20"]
+    done = run("finalize", "W4A4", *own, "--checkpoint", weights, *brief, "--fix", "first=6/8")
+    made = tmp_path / "runs/final/make_net-photos-fix-first-6-8-sigma0.25-gaussian-W4A4"
+    assert done.returncode == 0, done.stderr
+    fixed, bit_widths, _, _ = load_mapped(made)
+    assert fixed.fix == {"first": "6/8"} and [*bit_widths.values()] == [(6, 8), *[(4, 4)] * (len(bit_widths) - 1)]
+    assert_one_line_error(run("finalize", folder, "--fix", "first=6/8"), "--fix is for uniform bits")
     shutil.move("photos", "moved")
     assert_one_line_error(run("certify_map", folder), "is not here", "photos")
 
