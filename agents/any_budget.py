@@ -12,7 +12,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from arq_env.bitwidths import Bits, BitWidthMap, uniform
-from arq_env.budget import OneBudget
+from arq_env.budget import Budget, OneBudget
 from arq_env.env import arq_env_of, budget_option
 from arq_env.search_space import SearchSpace
 from arq_env.support.errors import ArqError
@@ -43,12 +43,7 @@ class DrawnBudget(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     def __init__(self, env: gymnasium.Env, low: float, high: float):
         super().__init__(env)
         self._space: SearchSpace = arq_env_of(env)
-        if not isinstance(self._space.default_budget, OneBudget):
-            raise ArqError(f"the budget is {self._space.default_budget}: give a single one to draw others between two")
-        if not 0 < low < high:
-            raise ArqError(f"budgets from {low} to {high} were asked for: give two, low first")
-        self._budget = self._space.default_budget.at(high)
-        self._budget.at(low)  # an error, if it cannot be met
+        self._budget = check_budgets(self._space.default_budget, low, high)
         self.low, self.high = low, high
         self._rng = np.random.default_rng()
 
@@ -81,6 +76,19 @@ class DrawnBudget(gymnasium.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarr
             if np.exp(costs[-1]) > self.high:
                 break
         return costs, rewards
+
+
+def check_budgets(budget: Budget, low: float, high: float) -> OneBudget:
+    """Make sure that others can be drawn between two limits, in the measure of a budget; return that of the second.
+
+    :raises ArqError: when it is of several kinds, they are not two that rise, or they cannot be met
+    """
+    if not isinstance(budget, OneBudget):
+        raise ArqError(f"the budget is {budget}: give a single one to draw others between two")
+    if not 0 < low < high:
+        raise ArqError(f"budgets from {low} to {high} were asked for: give two, low first")
+    budget.at(low)
+    return budget.at(high)
 
 
 def train_for_any_budget(
@@ -185,6 +193,8 @@ def learned_on(run: Path) -> dict:
     problem = made_with.get("problem") if isinstance(made_with, dict) else None
     own = {name: value for name, value in problem.items() if name != "digests"} if isinstance(problem, dict) else {}
     own |= {name: config[name] for name in ("fix", "bits") if config.get(name) is not None}
+    if isinstance(made_with, dict) and made_with.get("weights") is not None:
+        own["weights"] = made_with["weights"]
     own |= {name: certifier[name] for name in ("images", "calibration_images") if name in certifier}
     found["problem"] = own or None
     kinds = {"problem": dict, "env": str, "sigma": int | float, "training": str, "regained_bits": int}

@@ -17,6 +17,7 @@ COMMANDS = (
     "train_sac",
     "train_ddpg",
     "train_any_budget",
+    "train_any_bits",
     "apply_agent",
     "finalize",
     "certify_map",

@@ -104,7 +104,7 @@ _numbers.__name__ = "list of numbers"
 #: Options of :func:`add_problem`, which are arguments of ``gym.make`` where they are given.
 OWN = ("network", "checkpoint", "data", "normalize", "keep", "network_arguments", "image_size", "flip", "reward_images")
 #: Options of :func:`add_environment`, likewise.
-IF_GIVEN = ("images", "calibration_images", "fix", "bits")
+IF_GIVEN = ("images", "calibration_images", "fix", "bits", "weights")
 
 
 def add_problem(parser: argparse.ArgumentParser, *, trained: bool = True) -> None:
@@ -190,16 +190,24 @@ def label(options: argparse.Namespace) -> str:
         parts.append("fix-" + ("-".join(f"{name}-{bits}" for name, bits in fix.items())[:80] or "none"))
     if (bits := getattr(options, "bits", None)) is not None:
         parts.append(f"bits-{'-'.join(map(str, bits))}")
+    if (weights := getattr(options, "weights", None)) is not None:
+        parts.append(f"weights-{os.path.basename(os.path.dirname(os.path.abspath(weights)))}")
     return "".join(f"-{re.sub('[^a-zA-Z0-9_.-]+', '-', part)}" for part in parts)
 
 
 def add_environment(
-    parser: OneLineParser, *, budget: float | None = None, training: str = "gaussian", regained_bits: int = 0
+    parser: OneLineParser,
+    *,
+    budget: float | None = None,
+    training: str = "gaussian",
+    regained_bits: int = 0,
+    weights: bool = True,
 ) -> None:
     """The options that :func:`arq_agents.main.make_env` takes.
 
     :param budget: the default; without it there is no such option
     :param training, regained_bits: defaults
+    :param weights: whether there is an option of that name
     """
     from arq_env.registration import DEFAULT
     from arq_env.support.settings import MAX_BITS, MIN_BITS
@@ -226,6 +234,8 @@ def add_environment(
     group.add_argument(
         "--bits", nargs="+", type=int, metavar="BITS", help="bit-widths that there are, such as 2 4 8 (default: 2 to 8)"
     )
+    if weights:
+        group.add_argument("--weights", metavar="FILE", help="weights that stand any map, which train_any_bits.py made")
     parser.sigma_of_own = True
     group.add_argument(
         "--sigma",

@@ -310,6 +310,7 @@ def make_env(
     budget: BudgetSpec = 1 / 64,
     fix: Mapping[str, str] | None = None,
     bits: Sequence[int] | None = None,
+    weights: str | None = None,
     device: str = "cpu",
     render_mode: str | None = None,
     **settings: Any,
@@ -317,7 +318,7 @@ def make_env(
     """What ``gym.make`` calls: the environment of a network and its data; every argument can be written as JSON.
 
     :param network, data, sigma, training, checkpoint, normalize, keep: as for :func:`arq_env.problem.load_problem`
-    :param network_arguments, image_size, flip, reward_images, fix, bits, device: likewise
+    :param network_arguments, image_size, flip, reward_images, fix, bits, weights, device: likewise
     :param render_mode: as for :class:`ArqEnv`, or "human" for Gymnasium's window around it
     :param settings: fields of :class:`arq_env.rewards.CertifierSettings`; for data of one's own the defaults are those of
         :func:`arq_env.rewards.settings_for`
@@ -350,6 +351,7 @@ def make_env(
         reward_images=reward_images,
         fix=fix,
         bits=bits,
+        weights=weights,
         device=device,
     )
     if "arguments" in problem.card:

@@ -59,6 +59,8 @@ class Evaluator:
     """
 
     def __init__(self, problem: Problem, settings: CertifierSettings = CertifierSettings(), *, quantizer: Quantizer | None = None):
+        if problem.any_bits is not None and settings.regained_bits:
+            raise ArqError("weights that stand any map are judged as they are: leave regained_bits at 0")
         self.problem, self.settings = problem, settings
         self._calibrates = quantizer is None
         if quantizer is not None:
@@ -77,7 +79,7 @@ class Evaluator:
         """Calibrated at first use."""
         problem = self.problem
         images = problem.calibration_images(self.settings.seed, self.settings.calibration_images)
-        return Quantizer(problem.network, problem.layers, images)
+        return problem.quantizer(images)
 
     @cached_property
     def rounding(self) -> str:

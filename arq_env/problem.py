@@ -21,6 +21,8 @@ from arq_env.datasets.augment import add_noise, as_tensor, random_crop, to_float
 from arq_env.layers import Layers, find_layers
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.networks.own import load_own
+from arq_env.quantization import Quantizer
+from arq_env.quantization.any_bits import AnyBitsQuantizer, load_any_bits
 from arq_env.quantization.convert import check_conversion
 from arq_env.support.errors import ArqError, reason, shown
 from arq_env.support.files import checked_path, read_json, sha256
@@ -41,6 +43,8 @@ class Problem:
     :param input_shape: of one image, [c, h, w]; None for that of the data set, which is then loaded to find it
     :param keep: what may stay at full precision, as for :func:`arq_env.layers.find_layers`
     :param fix, bits: which layers' bits nobody chooses, and which bit-widths there are, as for :func:`arq_env.bitwidths.restrict`
+    :param any_bits: file of weights that stand any map (:mod:`arq_env.quantization.any_bits`), which maps then quantize in place of
+        the network's own
     :param card: what the network is and where it comes from, for the files that results are written to
     """
 
@@ -52,6 +56,7 @@ class Problem:
     fix: Mapping[str, str] | None = None
     bits: Sequence[int] | None = None
     card: dict = field(default_factory=dict)
+    any_bits: Path | None = None
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.sigma) and self.sigma > 0):
@@ -64,8 +69,24 @@ class Problem:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the network computes with: what an evaluation kept in a file belongs to."""
-        known = self.card.get("digest", "")
-        return sha256((repr(self.layers) + repr(self.layers.kept) + network_digest(self.network, known)).encode())
+        known, more = self.card.get("digest", ""), "" if self.any_bits is None else self._any_bits[1]["digest"]
+        return sha256((repr(self.layers) + repr(self.layers.kept) + network_digest(self.network, known) + more).encode())
+
+    @cached_property
+    def _any_bits(self) -> tuple[torch.nn.Module, dict]:
+        assert self.any_bits is not None
+        network, card = load_any_bits(self.any_bits, self.network, self.layers)
+        if card.get("base") != self.card.get("digest"):
+            raise ArqError(
+                f"{self.any_bits} was trained from other weights than {self.card.get('network')} has here: train it anew"
+            )
+        return network.to(self.device), card
+
+    def quantizer(self, calibration_images: torch.Tensor) -> Quantizer:
+        """What quantizes the network by a map, calibrated on these images."""
+        if self.any_bits is None:
+            return Quantizer(self.network, self.layers, calibration_images)
+        return AnyBitsQuantizer(self.network, self.layers, calibration_images, self._any_bits[0])
 
     @cached_property
     def layers(self) -> Layers:
@@ -100,7 +121,9 @@ class Problem:
     def origin(self) -> dict:
         """What files of results say of where the network and its data come from, so that :func:`load_mapped` finds them again."""
         said = {"checkpoint": self.card.get("digest"), "training": self.card.get("training")}
-        said |= {name: value for name, value in (("fix", self.fix), ("bits", self.bits)) if value is not None}
+        weights = None if self.any_bits is None else str(self.any_bits)
+        chosen = ("fix", self.fix), ("bits", self.bits), ("weights", weights)
+        said |= {name: value for name, value in chosen if value is not None}
         if "arguments" not in self.card:  # of a shipped network, whose name says all, or made from objects
             return said
         data = {"images": self.dataset.counts, "data": self.data_digest}
@@ -113,7 +136,7 @@ class Problem:
 
     def __getstate__(self) -> dict:
         """Without the data, which a copy in another process loads itself."""
-        return {name: value for name, value in vars(self).items() if name != "dataset"}
+        return {name: value for name, value in vars(self).items() if name not in ("dataset", "_any_bits")}
 
     @property
     def device(self) -> torch.device:
@@ -171,6 +194,7 @@ def load_problem(
     reward_images: int | None = None,
     fix: Mapping[str, str] | None = None,
     bits: Sequence[int] | None = None,
+    weights: str | None = None,
     device: str = "cpu",
 ) -> Problem:
     """The problem of a shipped checkpoint, or of a network of one's own; all can be written as JSON.
@@ -181,16 +205,24 @@ def load_problem(
     :param checkpoint, normalize, network_arguments: as for :func:`arq_env.networks.own.load_own`; a shipped network's name with a
         checkpoint is its architecture with those weights
     :param keep, fix, bits: as of :class:`Problem`
+    :param weights: file of weights that stand any map, from ``experiments/train_any_bits.py``
     :raises ArqError: for an argument out of range, when network, checkpoint, data or device are not there, and when they do not fit
         each other
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma <= sys.float_info.max:
         raise ArqError(f"sigma is {shown(sigma)}: give a positive standard deviation, in units of pixels in [0, 1]")
-    for name, value in (("network", network), ("data", data), ("training", training), ("checkpoint", checkpoint)):
-        if not (isinstance(value, str) and 0 < len(value) <= LONGEST_PATH or name == "checkpoint" and value is None):
+    for name, value in (
+        ("network", network),
+        ("data", data),
+        ("training", training),
+        ("checkpoint", checkpoint),
+        ("weights", weights),
+    ):
+        if not (isinstance(value, str) and 0 < len(value) <= LONGEST_PATH or name in ("checkpoint", "weights") and value is None):
             raise ArqError(f"{name} is {shown(value)}: give a name or a path of at most {LONGEST_PATH} characters")
     if not isinstance(network_arguments, dict | None):
         raise ArqError(f"network_arguments is {shown(network_arguments)}: give a dictionary of the function's keyword arguments")
+    choice: dict[str, Any] = {"fix": fix, "bits": bits, "any_bits": None if weights is None else checked_path("weights", weights)}
     of_data: dict[str, Any] = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
     of_network = {
         "checkpoint": checkpoint,
@@ -204,9 +236,7 @@ def load_problem(
             raise ArqError(f"{next(iter(given))} is for networks of your own: leave it out, or give a checkpoint, too")
         module, card = load_checkpoint(Checkpoint(network, data, float(sigma), training))
         check_device(device)
-        return Problem(
-            module.to(device), partial(load_dataset, data), float(sigma), known_shape(data), fix=fix, bits=bits, card=card
-        )
+        return Problem(module.to(device), partial(load_dataset, data), float(sigma), known_shape(data), **choice, card=card)
     try:
         arguments = json.loads(json.dumps({"network": network, "data": data} | given))
     except (TypeError, ValueError, RecursionError) as error:
@@ -215,8 +245,8 @@ def load_problem(
     check_device(device)
     card = {"network": network, "dataset": data, "sigma": float(sigma), "training": None, "digest": digest, "arguments": arguments}
     load = partial(load_dataset, data, **of_data)
-    choice: dict[str, Any] = {"keep": tuple(_names(keep)), "fix": fix, "bits": bits}
-    problem = Problem(module.to(device), load, float(sigma), known_shape(data), **choice, card=card)
+    kept = tuple(_names(keep))
+    problem = Problem(module.to(device), load, float(sigma), known_shape(data), keep=kept, **choice, card=card)
     _check_classes(problem)
     return problem
 
@@ -256,7 +286,7 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         training, sigma, digest = made_with.get("training", "gaussian"), header["sigma"], made_with.get("checkpoint")
         arguments = dict(made_with.get("problem", {}))
         digests = dict(arguments.pop("digests", {}))
-        choice = {name: made_with.get(name) for name in ("fix", "bits")}
+        choice = {name: made_with.get(name) for name in ("fix", "bits", "weights")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArqError(
             f"{path} cannot be read as a bit-width map ({reason(error)}): give a run folder or a bit_widths.json, or, where "

@@ -84,7 +84,7 @@ class SecondOrder:
 
     def __init__(self, problem: Problem, quantizer: Quantizer, seed: int = 0):
         self.layers, self.seed = problem.layers, seed
-        self.network = copy_network(problem.network).requires_grad_(False)
+        self.network = copy_network(quantizer.unrounded).requires_grad_(False)
         self.images = problem.calibration_images(seed + 1, IMAGES)
         self.quantized = [quantizer.convert(uniform(self.layers, bits, bits)) for bits in WITH_EFFECT]
 

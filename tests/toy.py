@@ -116,10 +116,10 @@ def toy_problem(**changes) -> Problem:
     return Problem(**{"network": toy_network(), "load": toy_dataset, "sigma": 0.5, "input_shape": SHAPE, "card": card} | changes)
 
 
-def make_toy_env(budget: float = 0.03, fix=None, bits=None, render_mode=None, **settings) -> ArqEnv:
+def make_toy_env(budget: float = 0.03, fix=None, bits=None, render_mode=None, problem=None, **settings) -> ArqEnv:
     """The entry point of ``ARQ-Toy-v0``."""
     settings = CertifierSettings(**{"images": 32, "n0": 4, "n": 16} | settings)
-    return ArqEnv(toy_problem(fix=fix, bits=bits), budget=budget, settings=settings, render_mode=render_mode)
+    return ArqEnv(problem or toy_problem(fix=fix, bits=bits), budget=budget, settings=settings, render_mode=render_mode)
 
 
 def search_toy(folder, algorithm="td3", episodes=EPISODES, env=None, **changes) -> Episode:

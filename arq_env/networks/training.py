@@ -77,8 +77,8 @@ def train(
     if at_once is None:
         at_once = images_at_once(network, dataset.image_shape, recipe.batch * recipe.noises) // recipe.noises
     parts = -(-recipe.batch // max(1, at_once))
-    step_sizes = [parameter for name, parameter in network.named_parameters() if name.endswith("_step")]
-    others = [parameter for name, parameter in network.named_parameters() if not name.endswith("_step")]
+    step_sizes = [parameter for name, parameter in network.named_parameters() if "_log_step" in name]
+    others = [parameter for name, parameter in network.named_parameters() if "_log_step" not in name]
     groups: list[dict[str, Any]] = [{"params": others}]
     rates = [recipe.peak_rate]
     if step_sizes:
@@ -133,9 +133,12 @@ def train(
                         with torch.no_grad():
                             taught = teach(batch).float()
                     logits = forward(batch).float()
+                answers = len(logits) // len(batch)  # of a network that answers for several maps
+                if taught is not None:
+                    taught = taught.repeat(answers, 1)
                 loss = smoothing_loss(
                     logits,
-                    labels[part],
+                    labels[part].repeat(answers),
                     noises=recipe.noises,
                     consistency=recipe.consistency,
                     entropy=recipe.entropy,

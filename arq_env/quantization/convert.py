@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,20 +90,30 @@ class Quantizer:
 
         def convert(module, layer):
             new, bits = make(module, layer), bit_widths[layer.name]
-            step, lowest = self._levels(layer.name, bits.activation)
-            steps = self._steps(layer.name, bits.weight, new)
+            step, lowest = self.activation_levels(layer.name, bits.activation)
+            steps = self.weight_steps(layer.name, bits.weight, new)
             new.set_bits(module.weight.detach(), steps, bits.weight, step, bits.activation, lowest=lowest)
             return new
 
         return converted(self.network, self.layers, convert)
 
-    def _steps(self, name, bits, layer) -> torch.Tensor:
+    @property
+    def unrounded(self) -> nn.Module:
+        """The network that maps round: here the base network."""
+        return self.network
+
+    def weight_steps(self, name: str, bits: int, layer: Any) -> torch.Tensor:
+        """Steps of a layer's weights by mean squared error, [out].
+
+        :param layer: what will stand for it
+        """
         if (name, bits) not in self._weight_steps:
             rows = layer.rows(self.network.get_submodule(name).weight)
             self._weight_steps[name, bits] = weight_steps(rows, bits)
         return self._weight_steps[name, bits]
 
-    def _levels(self, name, bits) -> ActivationLevels:
+    def activation_levels(self, name: str, bits: int) -> ActivationLevels:
+        """Step and least integer of what a layer reads, by mean squared error."""
         name = self._tied_to[name]
         if (name, bits) not in self._activation_levels:
             values, weights = self._activations[name]

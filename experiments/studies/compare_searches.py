@@ -143,7 +143,7 @@ def summary(env, folders: dict, finished: dict, options) -> dict:
             found["evaluations_to_random_s_reward"] = reaches(np.array(found["mean"], float), goal)
     names = ("env", "budget", "sigma", "training", "regained_bits", "episodes", "seeds", "steps", "every", "n")
     settings = {name: getattr(options, name) for name in names} | shared_options.own_arguments(options)
-    settings |= {name: value for name in ("fix", "bits") if (value := getattr(options, name, None)) is not None}
+    settings |= {name: value for name in ("fix", "bits", "weights") if (value := getattr(options, name, None)) is not None}
     agreement = add_finished(methods, finished) if finished else {}
     return {"settings": settings, **agreement, "methods": methods, "provenance": provenance()}
 
