@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 from arq_env.bitwidths import BitWidthMap, bops_fraction, check_map
 from arq_env.certification import Certificates, Cohen, certify
@@ -160,6 +161,11 @@ def ratio_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Mean of a over mean of b, each [images], with its standard error (the ratio estimator's; Cochran 1977, section 6.3)."""
     ratio = float(a.mean() / b.mean())
     return ratio, standard_error(a - ratio * b) / float(b.mean())
+
+
+def lower_bound(mean: float, error: float) -> float:
+    """With 95% confidence the true value is larger: what shows that one network is not worse than another by more than a margin."""
+    return mean - float(stats.norm.ppf(0.95)) * error
 
 
 def standard_error(values: np.ndarray) -> float:

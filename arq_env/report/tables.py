@@ -1,5 +1,7 @@
 """Tables for the terminal: a map layer by layer, and networks side by side."""
 
+import math
+
 from arq_env.bitwidths import BitWidthMap
 from arq_env.certification import smoothing_radius
 from arq_env.comparison import Comparison, standard_error
@@ -83,11 +85,18 @@ def finals_table(rows: list[dict]) -> str:
         ratios = []
         for reference in ("shipped", "finished_alike"):
             one = row.get("against_fp32", {}).get(reference)
-            ratios.append("" if one is None else f"{one['acr_ratio']:.3f} +- {one['acr_ratio_standard_error']:.3f}")
+            ratios.append("" if one is None else _ratio(**one))
         accuracies = (f"{row['certified_accuracy'][r]:.3f}" if float(r) <= _largest_radius(row) else "" for r in radii)
         first = row["checkpoint"], row["map"], f"{row['bops_fraction']:.3%}", size, f"{row['acr']:.4f}"
         table.append((*first, *ratios, f"{row['clean_accuracy']:.3f}", *accuracies))
     return _markdown(table)
+
+
+def _ratio(acr_ratio: float, acr_ratio_standard_error: float, acr_ratio_lower_bound: float, **_) -> str:
+    if acr_ratio_standard_error == 0:  # with itself
+        return f"{acr_ratio:.3f}"
+    bound = math.floor(1000 * acr_ratio_lower_bound) / 1000  # a bound is not rounded up
+    return f"{acr_ratio:.3f} +- {acr_ratio_standard_error:.3f} (> {bound:.3f})"
 
 
 def _largest_radius(document: dict) -> float:

@@ -30,7 +30,7 @@ from itertools import combinations
 
 from arq_env import ArqError
 from arq_env.certification import Certificates
-from arq_env.comparison import paired_difference, paired_ratio
+from arq_env.comparison import lower_bound, paired_difference, paired_ratio
 from arq_env.report.tables import finals_table
 from arq_env.support.files import atomic_file, write_json
 from arq_env.support.provenance import provenance
@@ -75,13 +75,14 @@ def recipe_of(final: dict) -> str:
 
 
 def compare(a: Certificates, b: Certificates) -> dict:
-    """Paired difference and ratio of two ACRs, each with its standard error over the images."""
+    """Paired difference and ratio of two ACRs, each with its standard error over the images; the ratio's lower 95% bound."""
     (difference, difference_error), (ratio, ratio_error) = paired_difference(a, b), paired_ratio(a, b)
     return {
         "acr_difference": difference,
         "acr_difference_standard_error": difference_error,
         "acr_ratio": ratio,
         "acr_ratio_standard_error": ratio_error,
+        "acr_ratio_lower_bound": lower_bound(ratio, ratio_error),
     }
 
 

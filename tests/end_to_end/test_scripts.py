@@ -201,11 +201,13 @@ def test_finals_are_compared(called, tmp_path):
     assert against["shipped"]["acr_difference"] == pytest.approx(-0.1 * shipped["acr"])
     assert against["shipped"]["acr_difference_standard_error"] == pytest.approx(0.1 * shipped["acr_standard_error"])
     assert against["shipped"]["acr_ratio_standard_error"] < 1e-6  # all radii shrink alike
+    bound, ratio, error = (against["finished_alike"][f"acr_ratio{name}"] for name in ("_lower_bound", "", "_standard_error"))
+    assert bound == pytest.approx(ratio - 1.6449 * error, abs=1e-9)
     assert "finished_alike" not in rows["longer"]["against_fp32"]  # another recipe than the FP32 network's
     (pair,) = document["pairs"]
     assert pair["maps"] == ["FP32", "made up"] and pair["acr_difference"] == pytest.approx(0.3 * shipped["acr"])
     assert list(rows) == ["FP32 as shipped", "FP32", "made up", "longer"]
-    for text in ("FP32 as shipped", "made up", "1.000%", "77,777", "0.900 +- 0.000", "0.750 +- 0.000"):
+    for text in ("FP32 as shipped", "made up", "1.000%", "77,777", "0.900 +- 0.000 (> 0.8", "0.750 +- 0.000 (> 0.7"):
         assert text in done.stdout
     assert (tmp_path / "finals.md").read_text() == done.stdout
     tmp_path = folders["made up"]
