@@ -22,7 +22,7 @@ def parse():
         type=shared_options.whole(1),
         nargs=3,
         metavar=("C", "H", "W"),
-        help="of one image (default: as the run says, 3 32 32 where it does not)",
+        help="of one image (default: as the run says)",
     )
     parser.add_argument("--output", type=Path, help="folder for the files (default: beside the network)")
     return parser.parse_args()
@@ -31,16 +31,13 @@ def parse():
 options = command_line.start(__name__, parse)
 
 from arq_env.export.formats import write_format
-from arq_env.export.loading import import_network, load_with_card
-
-#: Of images where a card says none: only those of the shipped data sets' networks were without.
-SHAPE = (3, 32, 32)
+from arq_env.export.loading import import_network, input_shape_of, load_with_card
 
 
 def main(options):
     base = None if options.base is None else import_network(options.base)
     network, card = load_with_card(options.run, base)
-    shape = tuple(options.input_shape or card.get("input_shape") or SHAPE)
+    shape = tuple(options.input_shape or input_shape_of(card))
     folder = options.output or (options.run if options.run.is_dir() else options.run.parent)
     for name in options.format:
         path = write_format(name, network, folder, card, shape)

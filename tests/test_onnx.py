@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -114,9 +115,9 @@ def test_what_cannot_be_exported(tmp_path):
     network = Branching().eval()
     with pytest.raises(ArqError, match="cannot be exported"):
         save_onnx(network, tmp_path / "a.onnx", {}, input_shape=SHAPE)
-    for write in (lambda *args: save_onnx(*args, integers=True), save_qonnx):
+    for write in (partial(save_onnx, integers=True), save_qonnx):
         with pytest.raises(ArqError, match="no quantized layer"):
-            write(toy_network(), tmp_path / "a.onnx", {})
+            write(toy_network(), tmp_path / "a.onnx", {}, input_shape=SHAPE)
     assert not (tmp_path / "a.onnx").exists()
 
 

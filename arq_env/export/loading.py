@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from arq_env.datasets import known_shape
 from arq_env.export.packed import is_packed, load_packed
 from arq_env.networks.checkpoints import build_network, card_path, channels_last, load_weights
 from arq_env.quantization.convert import copy_network
@@ -17,6 +18,16 @@ from arq_env.support.imports import call_imported
 
 #: The largest ONNX file, in bytes: the format itself has no larger ones.
 MOST_BYTES = 2**31
+
+
+def input_shape_of(card: dict) -> tuple[int, ...]:
+    """The shape [c, h, w] of a network's images, as the card of its file says, or else the name of its data set.
+
+    :raises ArqError: when neither does
+    """
+    if shape := card.get("input_shape") or known_shape(card.get("dataset", "")):
+        return tuple(shape)
+    raise ArqError("the network's card does not say what shape its images have: give --input-shape")
 
 
 def load_with_card(path: Path, base: nn.Module | None = None) -> tuple[Callable, dict]:

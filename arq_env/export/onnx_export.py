@@ -27,7 +27,7 @@ CHECKED, ROUNDING = 9, 1e-3
 
 
 def save_onnx(
-    network: nn.Module, path: Path, card: dict, *, input_shape: tuple[int, ...] = (3, 32, 32), integers: bool = False
+    network: nn.Module, path: Path, card: dict, *, input_shape: tuple[int, ...], integers: bool = False
 ) -> OnnxClassifier:
     """Write a network, quantized or FP32, for ONNX Runtime and whatever else reads ONNX; return the file as a classifier.
 

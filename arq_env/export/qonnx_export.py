@@ -14,7 +14,7 @@ from arq_env.support.files import atomic_file
 DOMAIN, VERSION = "qonnx.custom_op.general", 1
 
 
-def save_qonnx(network: nn.Module, path: Path, card: dict, *, input_shape: tuple[int, ...] = (3, 32, 32)) -> dict:
+def save_qonnx(network: nn.Module, path: Path, card: dict, *, input_shape: tuple[int, ...]) -> dict:
     """Write a quantized network as QONNX (Pappalardo et al. 2022); return the card in its metadata.
 
     It takes one image, [1, c, h, w], as those tools build for. Each layer reads two ``Quant`` nodes: of its input,

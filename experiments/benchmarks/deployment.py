@@ -23,12 +23,13 @@ options = command_line.start(__name__, parse)
 
 import tempfile
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from arq_env.certification import CompiledNetwork
-from arq_env.export.loading import load_with_card
+from arq_env.export.loading import input_shape_of, load_with_card
 from arq_env.export.onnx_export import save_onnx
 from arq_env.networks.checkpoints import Checkpoint, load_checkpoint
 from arq_env.quantization.integer import integer_kernels, integer_network
@@ -41,13 +42,16 @@ def main(options):
     network, card = load_with_card(options.run)
     fp32, _ = load_checkpoint(Checkpoint(*(card[key] for key in ("network", "dataset", "sigma", "training"))))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
+        write = partial(save_onnx, path=Path(folder) / "network.onnx", card=card, input_shape=input_shape_of(card))
         files = {
-            "FP32, ONNX Runtime": save_onnx(fp32, path, card),
-            "quantized, ONNX file": save_onnx(network, path, card),
-            "quantized, ONNX file on integers": save_onnx(network, path, card, integers=True),
+            "FP32, ONNX Runtime": write(fp32),
+            "quantized, ONNX file": write(network),
+            "quantized, ONNX file on integers": write(network, integers=True),
         }
-    table = {f"batch {batch}": rates(engines(fp32, network, files, batch), batch, options) for batch in options.batches}
+    table = {}
+    for batch in options.batches:
+        images = torch.rand(batch, *input_shape_of(card), generator=torch.Generator().manual_seed(options.seed))
+        table[f"batch {batch}"] = rates(engines(fp32, network, files, batch), images, options)
     document = {
         "network": {key: card[key] for key in ("map", "network", "dataset", "sigma", "training", "digest")},
         "threads": torch.get_num_threads(),
@@ -77,19 +81,18 @@ def engines(fp32, network, files, batch: int) -> dict:
     return called | files
 
 
-def rates(engines: dict, batch: int, options) -> dict:
+def rates(engines: dict, images: torch.Tensor, options) -> dict:
     """Images a second of each: the best of some turns, since caches that others use, too, only slow down."""
-    images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(options.seed))
     best = dict.fromkeys(engines, 0.0)
     with torch.inference_mode():
         for run in engines.values():  # what is compiled at the first call
             run(images)
-        for _ in tqdm(range(options.rounds), desc=f"batch {batch}"):
+        for _ in tqdm(range(options.rounds), desc=f"batch {len(images)}"):
             for name, run in engines.items():
                 start, done = time.process_time(), 0
                 while (elapsed := time.process_time() - start) < options.seconds:
                     run(images)
-                    done += batch
+                    done += len(images)
                 best[name] = max(best[name], done / elapsed)
     return best
 

@@ -39,7 +39,7 @@ from arq_env.comparison import paired_difference, summarize
 from arq_env.datasets import load_dataset
 from arq_env.datasets.augment import add_noise, as_tensor, to_float
 from arq_env.export.agreement import explain
-from arq_env.export.loading import load_with_card
+from arq_env.export.loading import input_shape_of, load_with_card
 from arq_env.export.onnx_export import save_onnx
 from arq_env.export.packed import save_packed
 from arq_env.quantization.exact import exact_means
@@ -55,8 +55,10 @@ def main(options):
         network, card = load_with_card(run)
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            files = {"onnx": save_onnx(network, folder / "network.onnx", card)}
-            files["integer"] = save_onnx(network, folder / "network.integer.onnx", card, integers=True)
+            files = {"onnx": save_onnx(network, folder / "network.onnx", card, input_shape=input_shape_of(card))}
+            files["integer"] = save_onnx(
+                network, folder / "network.integer.onnx", card, input_shape=input_shape_of(card), integers=True
+            )
             save_packed(network, folder / "network.arq.safetensors", card)
             sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             unpacked = arq_env.load(folder / "network.arq.safetensors")
