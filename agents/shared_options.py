@@ -71,6 +71,26 @@ def add_test_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=getattr(TestSettings, name), help=what)
 
 
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """The option ``--protocol``, for :func:`by_protocol`."""
+    parser.add_argument(
+        "--protocol",
+        choices=("screen", "report"),
+        default="screen",
+        help="report: on every second test image, whatever --every says, into files of their own",
+    )
+
+
+def by_protocol(options: argparse.Namespace) -> argparse.Namespace:
+    """The options, ``every`` as the protocol has it, and ``ending``, which the names of its files end with."""
+    from arq_env.support.settings import REPORT_EVERY
+
+    options.ending = "-report" if options.protocol == "report" else ""
+    if options.ending:
+        options.every = REPORT_EVERY
+    return options
+
+
 class _Own(argparse.Action):
     """``--network``: the id becomes that of networks of one's own, unless another is given."""
 

@@ -52,6 +52,7 @@ def parse():
     )
     parser.add_argument("--every", type=shared_options.whole(1), default=20, help="certify on every so many-th test image")
     parser.add_argument("--n", type=shared_options.whole(10), default=1_000, help="noise samples that count a class")
+    shared_options.add_protocol(parser)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -68,7 +69,7 @@ def parse():
     given = parser.parse_args()
     if given.fix is not None and not UNIFORM.fullmatch(given.map):
         parser.error("--fix is for uniform bits, such as W4A4: a map's file says what is fixed, and FP32 has no bits")
-    return given
+    return shared_options.by_protocol(given)
 
 
 options = command_line.start(__name__, parse)
@@ -141,7 +142,7 @@ def main(options):
             settings,
             map=engine.map,
             progress=partial(tqdm, desc=f"certifying {name}"),
-            log=folder / f"certificates-n{settings.n}.tsv",
+            log=folder / f"certificates-n{settings.n}{options.ending}.tsv",
         )
     document = {
         "map": name,
@@ -170,7 +171,9 @@ def main(options):
             metrics={"acr": document["acr"]},
             provenance=made,
         )
-    write_json(folder / f"summary-n{settings.n}.json", document | {"digest": saved["digest"], "provenance": provenance()})
+    write_json(
+        folder / f"summary-n{settings.n}{options.ending}.json", document | {"digest": saved["digest"], "provenance": provenance()}
+    )
     print(
         f"{name}: ACR {document['acr']:.4f} +- {document['acr_standard_error']:.4f}, "
         f"clean accuracy {document['clean_accuracy']:.3f}, {document['bops_fraction']:.3%} of FP32's bit operations, "

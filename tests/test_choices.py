@@ -158,3 +158,12 @@ def test_on_a_command_line():
     for wrong in (["first"], ["first=8/8", "first=4/4"]):
         with pytest.raises(SystemExit):
             parser.parse_args(["--fix", *wrong])
+
+
+def test_a_report_is_of_every_second_test_image():
+    parser = command_line.parser("A script.")
+    shared_options.add_test_settings(parser)
+    shared_options.add_protocol(parser)
+    for given, every, ending in (([], 20, ""), (["--every", "5"], 5, ""), (["--protocol", "report", "--every", "5"], 2, "-report")):
+        options = shared_options.by_protocol(parser.parse_args(given))
+        assert (options.every, options.ending, options.n) == (every, ending, 1_000)

@@ -10,6 +10,8 @@ MIN_BITS, MAX_BITS = 2, 8
 CONFIRMING_STEPS = 96
 #: Batches of the fine-tuning that ends a first result, within minutes.
 FIRST_STEPS = 48
+#: Of a report every so many-th test image is certified, so that a difference of half a percent can be shown.
+REPORT_EVERY = 2
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ def parse():
         "names", nargs="*", metavar="NAME", help="shipped checkpoints, such as resnet20-cifar10-sigma0.5-gaussian; all by default"
     )
     shared_options.add_test_settings(parser)
+    shared_options.add_protocol(parser)
     parser.add_argument(
         "--compile", action="store_true", help="compile the network first (needs a C++ compiler; pays for n = 1,000)"
     )
     shared_options.add_engine(parser, "images")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("runs/references"), help="folder for tables and figures")
-    return parser.parse_args()
+    return shared_options.by_protocol(parser.parse_args())
 
 
 options = command_line.start(__name__, parse)
@@ -60,7 +61,7 @@ def certify_one(checkpoint, settings, options, engine):
     problem = load_problem(
         checkpoint.network, checkpoint.dataset, sigma=checkpoint.sigma, training=checkpoint.training, device=options.device
     )
-    stem = options.output / f"{checkpoint.name}-n{settings.n}"
+    stem = options.output / f"{checkpoint.name}-n{settings.n}{options.ending}"
     images, _ = problem.test_images(settings.every, settings.offset)
     network = CompiledNetwork(problem.network) if options.compile else problem.network
     seconds = estimate_seconds(network, images, n0=settings.n0, n=settings.n) / engine.workers

@@ -17,10 +17,11 @@ def parse():
         "--references", type=Path, default=Path("experiments/results/references"), help="folder of certify_checkpoints.py"
     )
     parser.add_argument("--n", type=shared_options.whole(1), default=1_000, help="noise samples of the certificates to compare")
+    shared_options.add_protocol(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("runs/finals.json"), help="JSON file for the figures; the table goes beside it, as .md"
     )
-    return parser.parse_args()
+    return shared_options.by_protocol(parser.parse_args())
 
 
 options = command_line.start(__name__, parse)
@@ -37,12 +38,13 @@ from arq_env.support.provenance import provenance
 
 
 def main(options):
-    finals = [read(folder, f"summary-n{options.n}", f"certificates-n{options.n}") for folder in options.finals]
+    which = f"n{options.n}{options.ending}"
+    finals = [read(folder, f"summary-{which}", f"certificates-{which}") for folder in options.finals]
     alike = {recipe_of(final): certificates for final, certificates in finals if final["map"] == "FP32"}
     rows = []
     for folder, (final, certificates) in zip(options.finals, finals, strict=True):
         name = name_of(final)
-        reference, shipped = read(options.references, f"{name}-n{options.n}", f"{name}-n{options.n}")
+        reference, shipped = read(options.references, f"{name}-{which}", f"{name}-{which}")
         if (reference["digest"], reference["settings"]) != (final["checkpoint"], final["settings"]):
             raise ArqError(f"{folder} was made from other weights than {name}, or certified otherwise: make them alike")
         if not any(row["checkpoint"] == name for row in rows):
