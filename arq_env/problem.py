@@ -121,9 +121,9 @@ class Problem:
     def origin(self) -> dict:
         """What files of results say of where the network and its data come from, so that :func:`load_mapped` finds them again."""
         said = {"checkpoint": self.card.get("digest"), "training": self.card.get("training")}
-        weights = None if self.any_bits is None else str(self.any_bits)
-        chosen = ("fix", self.fix), ("bits", self.bits), ("weights", weights)
-        said |= {name: value for name, value in chosen if value is not None}
+        said |= {name: value for name, value in (("fix", self.fix), ("bits", self.bits)) if value is not None}
+        if self.any_bits is not None:
+            said |= {"weights": str(self.any_bits), "weights_digest": self._any_bits[1]["digest"]}
         if "arguments" not in self.card:  # of a shipped network, whose name says all, or made from objects
             return said
         data = {"images": self.dataset.counts, "data": self.data_digest}
@@ -307,6 +307,8 @@ def load_mapped(path: Path, device: str = "cpu") -> tuple[Problem, BitWidthMap, 
         raise ArqError(
             f"{path} was found for other weights than the checkpoint that is here: search again, or restore that checkpoint"
         )
+    if problem.any_bits is not None and made_with.get("weights_digest") != problem.origin["weights_digest"]:
+        raise ArqError(f"{path} was found on other weights than {problem.any_bits} holds: restore that file, or search again")
     _check_same(path, problem, digests)
     bit_widths, document = load_map(path, problem.layers)
     fraction, budget = bops_fraction(bit_widths, problem.layers), document.get("budget")

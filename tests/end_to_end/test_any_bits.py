@@ -36,5 +36,7 @@ def test_from_one_training_to_a_map_that_needs_none(tmp_path):
     assert done.returncode == 0, done.stderr
     again = script(*search, "--regained-bits", "1", "--output", tmp_path / "y")
     assert_one_line_error(again, "leave regained_bits at 0")
+    (run / "bit_widths.json").write_text((run / "bit_widths.json").read_text().replace(made_with["weights_digest"], "0" * 64))
+    assert_one_line_error(script("certify_map", run, "--every", "400"), "found on other weights")
     shutil.move(weights, tmp_path / "moved")
     assert_one_line_error(script("certify_map", run, "--every", "400"), str(weights))
