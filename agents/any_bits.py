@@ -27,7 +27,6 @@ def train_any_bits(
     *,
     budgets: tuple[float, float],
     maps: int = 2,
-    compile: bool = False,
     at_once: int | None = None,
     on_batch: Callable[[int], None] = lambda batches: None,
     on_epoch: Callable[[dict], None] = lambda record: None,
@@ -49,6 +48,8 @@ def train_any_bits(
     problem, evaluator = env.problem, env.evaluator
     if problem.any_bits is not None:
         raise ArqError("the environment has weights that stand any map already: leave --weights out")
+    if recipe.noises > 1:
+        raise ArqError("several maps take the place of several noisy copies: give a recipe with noises=1")
     network = ManyMaps(start_any_bits(evaluator.quantizer), drawn_maps(env, budgets, maps), recipe.seed)
     what = {
         "network": problem.digest,
@@ -75,7 +76,6 @@ def train_any_bits(
         folder,
         teacher=problem.network,
         device=str(problem.device),
-        compile=compile,
         at_once=at_once,
         what=what,
         on_batch=on_batch,

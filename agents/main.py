@@ -150,9 +150,12 @@ def engine_of(options: argparse.Namespace) -> contextlib.AbstractContextManager[
 
 
 def _certify(env: ArqEnv, found: BitWidthMap, folder: Path, options: argparse.Namespace) -> None:
-    """Certify FP32, uniform 4 bits and the found map on the same test images, print the table, write ``certificates.json``."""
-    even = uniform(env.layers, UNIFORM_BITS, UNIFORM_BITS)
-    name = f"W{UNIFORM_BITS}A{UNIFORM_BITS}"
+    """Certify FP32, uniform 4 bits (or the nearest there are) and the found map on the same test images.
+
+    Prints the table, and writes ``certificates.json``.
+    """
+    bits = min(env.widths, key=lambda there: abs(there - UNIFORM_BITS))
+    even, name = uniform(env.layers, bits, bits), f"W{bits}A{bits}"
     comparison = _compared(env, {name: even, "found": found}, folder, options)
     print(comparison_table(comparison))
     cost = bops_fraction(even, env.layers) / bops_fraction(found, env.layers)

@@ -194,6 +194,15 @@ def add_fix(parser: argparse._ActionsContainer) -> None:
     )
 
 
+class _Weights(argparse.Action):
+    """Maps on weights that stand them are judged as they are."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+        namespace.weights = value
+        if namespace.regained_bits == parser.get_default("regained_bits"):
+            namespace.regained_bits = 0
+
+
 def own_arguments(options: argparse.Namespace) -> dict:
     """What was given of :func:`add_problem`'s options, as keyword arguments of :func:`arq_env.problem.load_problem`."""
     given = {name: getattr(options, name) for name in OWN if getattr(options, name, None) is not None}
@@ -255,7 +264,12 @@ def add_environment(
         "--bits", nargs="+", type=int, metavar="BITS", help="bit-widths that there are, such as 2 4 8 (default: 2 to 8)"
     )
     if weights:
-        group.add_argument("--weights", metavar="FILE", help="weights that stand any map, which train_any_bits.py made")
+        group.add_argument(
+            "--weights",
+            action=_Weights,
+            metavar="FILE",
+            help="weights that stand any map, which train_any_bits.py made; --regained-bits is then 0",
+        )
     parser.sigma_of_own = True
     group.add_argument(
         "--sigma",
@@ -264,12 +278,14 @@ def add_environment(
         help="smoothing noise, in units of pixels in [0, 1]; a checkpoint trained under it must be there",
     )
     group.add_argument("--training", default=training, help="how that checkpoint was trained: gaussian or consistency")
-    group.add_argument(
-        "--regained-bits",
-        type=whole(0, MAX_BITS - MIN_BITS),
-        default=regained_bits,
-        help="judge maps with weights so many bits finer: 1 for a map to fine-tune (finalize.py), 0 for one to use as it is",
-    )
+    parser.set_defaults(regained_bits=regained_bits)
+    if weights:
+        group.add_argument(
+            "--regained-bits",
+            type=whole(0, MAX_BITS - MIN_BITS),
+            default=regained_bits,
+            help="judge maps with weights so many bits finer: 1 for a map to fine-tune (finalize.py), 0 for one to use as it is",
+        )
     group.add_argument("--device", default="cpu", help="of the network that is certified, cpu or cuda; an agent stays on the CPU")
 
 

@@ -30,7 +30,7 @@ def brief_recipe(problem: Problem, steps: int, seed: int = 0) -> Recipe:
     finished, not for networks to ship.
     """
     precision = fastest_precision(problem.device)
-    recipe = finetuning_recipe(problem.sigma, seed=seed, precision=precision, start=problem.card.get("digest", ""))
+    recipe = finetuning_recipe(problem.sigma, seed=seed, precision=precision, start=problem.start)
     there = len(problem.dataset.train.images)
     recipe = replace(recipe, batch=min(recipe.batch, there))
     epochs = math.ceil(steps * recipe.batch / there)

@@ -69,16 +69,32 @@ class Problem:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the network computes with: what an evaluation kept in a file belongs to."""
-        known, more = self.card.get("digest", ""), "" if self.any_bits is None else self._any_bits[1]["digest"]
-        return sha256((repr(self.layers) + repr(self.layers.kept) + network_digest(self.network, known) + more).encode())
+        return self.base_digest if self.any_bits is None else sha256((self.base_digest + self._any_bits[1]["digest"]).encode())
+
+    @cached_property
+    def base_digest(self) -> str:
+        """The same of the FP32 network, whatever weights maps quantize."""
+        known = self.card.get("digest", "")
+        return sha256((repr(self.layers) + repr(self.layers.kept) + network_digest(self.network, known)).encode())
+
+    @property
+    def start(self) -> str:
+        """SHA-256 of the file that fine-tuning starts from; empty where there is none."""
+        return self.card.get("digest", "") if self.any_bits is None else self._any_bits[1]["digest"]
 
     @cached_property
     def _any_bits(self) -> tuple[torch.nn.Module, dict]:
         assert self.any_bits is not None
         network, card = load_any_bits(self.any_bits, self.network, self.layers)
-        if card.get("base") != self.card.get("digest"):
-            raise ArqError(
-                f"{self.any_bits} was trained from other weights than {self.card.get('network')} has here: train it anew"
+        if card.get("sigma") != self.sigma:
+            raise ArqError(f"{self.any_bits} was trained under noise of sigma {card.get('sigma')}, and here it is {self.sigma}")
+        if card.get("base") != self.base_digest:
+            if card.get("checkpoint") is None or card["checkpoint"] != self.card.get("digest"):
+                raise ArqError(f"{self.any_bits} was trained from another network than there is here: train it anew")
+            warnings.warn(
+                f"{self.any_bits} was trained from a network that computed otherwise than {self.card.get('network')} does here, or "
+                "the version of Python is another",
+                stacklevel=2,
             )
         return network.to(self.device), card
 
@@ -136,7 +152,7 @@ class Problem:
 
     def __getstate__(self) -> dict:
         """Without the data, which a copy in another process loads itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("dataset", "_any_bits")}
+        return {name: value for name, value in vars(self).items() if name != "dataset"}
 
     @property
     def device(self) -> torch.device:
@@ -222,6 +238,8 @@ def load_problem(
             raise ArqError(f"{name} is {shown(value)}: give a name or a path of at most {LONGEST_PATH} characters")
     if not isinstance(network_arguments, dict | None):
         raise ArqError(f"network_arguments is {shown(network_arguments)}: give a dictionary of the function's keyword arguments")
+    if weights is not None and not checked_path("weights", weights).is_file():
+        raise ArqError(f"there is no file {weights}: give weights that experiments/train_any_bits.py made")
     choice: dict[str, Any] = {"fix": fix, "bits": bits, "any_bits": None if weights is None else checked_path("weights", weights)}
     of_data: dict[str, Any] = {"image_size": image_size, "flip": flip, "reward_images": reward_images}
     of_network = {

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, free_layers, uniform
 from arq_env.layers import Layer
+from arq_env.networks.checkpoints import copy_network
 from arq_env.problem import Problem
 from arq_env.quantization import Quantizer
-from arq_env.quantization.convert import copy_network
 from arq_env.quantization.exact import exact_means
 from arq_env.support.batches import batch_size
 from arq_env.support.errors import ArqError, reason

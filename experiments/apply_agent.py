@@ -31,7 +31,10 @@ def main(options):
     known = learned_on(options.agent)
     if options.env is None and not shared_options.own_arguments(options):  # else elsewhere
         given = {name: value for name in shared_options.IF_GIVEN if (value := getattr(options, name)) is not None}
-        vars(options).update(known.get("problem", {}) | given)
+        learned = known.get("problem", {})
+        if any(getattr(options, name) not in (None, known.get(name)) for name in ("sigma", "training")):
+            learned.pop("weights", None)  # which are of one noise and one network
+        vars(options).update(learned | given)
     for name in ("env", "sigma", "training", "regained_bits"):
         if getattr(options, name) is None:
             if name not in known:

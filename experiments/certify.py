@@ -88,7 +88,7 @@ def main(options):
     if not len(images):
         raise ArqError(f"test images from index {options.offset} were asked for: there are {len(test.images)}")
     if options.grid is not None:
-        classifier = exact(classifier, tuple(images.shape[1:]))
+        classifier = exact(classifier, options, tuple(images.shape[1:]))
     check_classes(classifier, images[:2], options.device, dataset.classes)
     sigma = card.get("sigma") if options.sigma is None else options.sigma
     if sigma is None:
@@ -145,16 +145,17 @@ def chosen_classifier(options):
         classifier, card = load_with_card(Path(options.classifier), base)
     if isinstance(classifier, torch.nn.Module):
         classifier = classifier.to(options.device)
-        return (integer_network(classifier) if options.integer else classifier), card
+        return (integer_network(classifier) if options.integer and options.grid is None else classifier), card
     if options.integer or options.device != "cpu":
         raise ArqError("ONNX Runtime runs here on the CPU, as the file says: leave out --integer and --device")
     return classifier, card
 
 
-def exact(classifier, shape):
+def exact(classifier, options, shape):
     """The classifier as one function of an image, for noise on a grid."""
     if isinstance(classifier, torch.nn.Module):
-        return ExactNetwork(classifier, shape)
+        classifier = ExactNetwork(classifier, shape)
+        return integer_network(classifier) if options.integer else classifier
     if not getattr(classifier, "exact", False):
         raise ArqError("this is not known to give an image the same class in any batch: for --grid give an ONNX file on integers")
     return classifier

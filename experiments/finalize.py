@@ -109,7 +109,7 @@ def main(options):
     what_is_fastest(options, problem)
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"sigma", "start"}
     changes = {field: value for field, value in vars(options).items() if field in fields}
-    recipe = finetuning_recipe(problem.sigma, start=problem.card["digest"], **changes)
+    recipe = finetuning_recipe(problem.sigma, start=problem.start, **changes)
     if bit_widths is not None:
         print(layer_table(problem.layers, bit_widths), end="\n\n")
 
@@ -152,6 +152,7 @@ def main(options):
         "bops_fraction": 1.0 if bit_widths is None else bops_fraction(bit_widths, problem.layers),
         "model_bytes": model_bytes(problem.network, problem.layers, bit_widths),
         "recipe": dataclasses.asdict(recipe),
+        "parts_of_a_batch": records[-1].get("parts_of_a_batch", 1),
         "held_out_acr": records[-1]["held_out_acr"],
         "images": len(certificates),
         "settings": dataclasses.asdict(settings),
@@ -198,7 +199,8 @@ def chosen_map(options):
     """The problem, the map (None for FP32), what to call it, and the other entries of its file."""
     if options.map == "FP32" or UNIFORM.fullmatch(options.map):
         problem = problem_of(options)
-        return problem, named_uniform(options.map, problem.layers), options.map, {}
+        fixed = [f"{name}={bits}" for name, bits in options.fix.items()] or ["nothing fixed"] if options.fix is not None else []
+        return problem, named_uniform(options.map, problem.layers), ", ".join([options.map, *fixed]), {}
     problem, bit_widths, document, path = load_mapped(Path(options.map), options.device)
     return problem, bit_widths, path.parent.name if path.name == "bit_widths.json" else path.stem, document
 

@@ -33,6 +33,12 @@ def parse():
     ):
         group.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
     group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="arithmetic of the training passes; auto: bf16 where the processor has it",
+    )
+    group.add_argument(
         "--epoch-images",
         type=shared_options.whole(0),
         default=shown.images,
@@ -74,8 +80,8 @@ def main(options):
     check_budgets(env.default_budget, options.low, options.high)  # mistakes first
     problem, folder = env.problem, options.output
     changes = {name: getattr(options, name) for name in ("epochs", "batch", "peak_rate", "seed")}
-    precision, start = fastest_precision(options.device), problem.card["digest"]
-    recipe = finetuning_recipe(problem.sigma, images=options.epoch_images, precision=precision, start=start, **changes)
+    precision = fastest_precision(options.device) if options.precision == "auto" else options.precision
+    recipe = finetuning_recipe(problem.sigma, images=options.epoch_images, precision=precision, start=problem.start, **changes)
     with writing(folder / "tensorboard"):
         writer = SummaryWriter(folder / "tensorboard")
     with tqdm(total=recipe.epochs * batches_per_epoch(problem.dataset, recipe), unit="batch") as bar:
@@ -97,7 +103,12 @@ def main(options):
         )
     writer.close()
     card = {key: problem.card.get(key) for key in ("network", "dataset", "sigma", "training")}
-    card |= {"base": problem.card["digest"], "recipe": dataclasses.asdict(recipe), "budgets": [options.low, options.high]}
+    card |= {
+        "base": problem.base_digest,
+        "checkpoint": problem.card.get("digest"),
+        "recipe": dataclasses.asdict(recipe),
+        "budgets": [options.low, options.high],
+    }
     kept = {name: value for name, value in records[-1].items() if name.startswith("acr_")}
     save_any_bits(network, folder / "weights.safetensors", card | {"maps": options.maps, "kept": kept} | provenance())
     print(f"of FP32's ACR on reward images: {', '.join(f'{name[4:]} {share:.3f}' for name, share in kept.items())}")

@@ -1,5 +1,7 @@
 """One network for every map: trained, kept, quantized by any map, searched, finished."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from arq_agents.search import search
 from arq_env import ArqError
 from arq_env.bitwidths import Bits, uniform
 from arq_env.evaluation import CertifierSettings, Evaluator
-from arq_env.finishing import finish_briefly
+from arq_env.finishing import brief_recipe, finish_briefly
+from arq_env.networks.checkpoints import SHIPPED
 from arq_env.networks.recipe import finetuning_recipe
 from arq_env.quantization.any_bits import AnyBitsQuantizer, ManyMaps, choose, load_any_bits, save_any_bits, start_any_bits
 from arq_env.quantization.modules import QuantizedLayer
@@ -24,8 +27,12 @@ BUDGETS = (0.03, 0.06)
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("any-bits")
     network, records = train_any_bits(make_toy_env(), RECIPE, folder, budgets=BUDGETS, maps=1)
-    save_any_bits(network, folder / "weights.safetensors", {"base": "0" * 64, "network": "toy"})
-    return network, records, folder / "weights.safetensors"
+    return network, records, saved(network, folder / "weights.safetensors")
+
+
+def saved(network, path, **card):
+    save_any_bits(network, path, {"base": toy_problem().base_digest, "checkpoint": "0" * 64, "sigma": 0.5, "network": "toy"} | card)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +133,17 @@ def test_a_file_is_what_was_trained(trained, problem, tmp_path):
     other = toy_problem(fix={"first": "4/4"}, any_bits=path)
     with pytest.raises(ArqError, match="layer 'first' has any-bits weights for 8 weight bits, and the map gives it 4"):
         Evaluator(other).quantizer.quantize(uniform(other.layers, 3, 3))
-    with pytest.raises(ArqError, match="from other weights"):
+    with pytest.raises(ArqError, match="from another network"):
         _ = toy_problem(any_bits=path, card={"network": "toy", "dataset": "toy", "digest": "1" * 64}).digest
+    with pytest.raises(ArqError, match="under noise of sigma 0.5, and here it is 0.25"):
+        _ = toy_problem(any_bits=path, sigma=0.25).digest
+    other = saved(network, tmp_path / "other.safetensors", base="f" * 64)
+    with pytest.warns(UserWarning, match="computed otherwise"):
+        _ = toy_problem(any_bits=other).digest
+    with pytest.raises(ArqError, match="from another network"):
+        _ = toy_problem(any_bits=saved(network, other, base="f" * 64, checkpoint=None)).digest
+    with pytest.raises(ArqError, match="holds no any-bits weights"):
+        load_any_bits(SHIPPED / "resnet20-signs-sigma0.5-gaussian.safetensors", problem.network, problem.layers)
     with pytest.raises(ArqError, match="train_any_bits.py"):
         load_any_bits(tmp_path / "nothing.safetensors", problem.network, problem.layers)
 
@@ -138,13 +154,44 @@ def test_a_search_and_what_comes_after_it(problem, tmp_path):
     assert env.evaluator.evaluate(best.bit_widths).acr > 0
     assert problem.digest != toy_problem().digest and problem.origin["weights"] == str(problem.any_bits)
     network = finish_briefly(env.evaluator, best.bit_widths, 5)
+    assert brief_recipe(problem, 5).start != brief_recipe(toy_problem(), 5).start  # so not "finished alike"
     assert [module.weight_bits for module in network.modules() if isinstance(module, QuantizedLayer)] == [
         bits.weight for bits in best.bit_widths.values()
     ]
     with pytest.raises(ArqError, match="leave regained_bits at 0"):
         Evaluator(problem, CertifierSettings(images=64, regained_bits=1))
+    with pytest.raises(ArqError, match="noises=1"):
+        train_any_bits(make_toy_env(), finetuning_recipe(0.5, noises=2), tmp_path / "noises", budgets=BUDGETS)
     with pytest.raises(ArqError, match="stand any map already"):
         train_any_bits(env, RECIPE, tmp_path / "again", budgets=BUDGETS)
+
+
+@pytest.mark.parametrize(
+    "fix, bits", [({"first": "8/4", "last": "8/8"}, None), ({"first": "4/4", "last": "4/4"}, [2, 3, 4]), (None, [2, 4, 8])]
+)
+def test_any_choice_of_bits(fix, bits, tmp_path):
+    few = finetuning_recipe(0.5, epochs=1, batch=50, images=100)
+    network, records = train_any_bits(make_toy_env(fix=fix, bits=bits), few, tmp_path, budgets=BUDGETS, maps=1)
+    judged = [b for b in (2, 3, 4, 8) if bits is None or b in bits]
+    assert [name for name in records[0] if name.startswith("acr_")] == [f"acr_W{b}A{b}" for b in judged]
+    chosen = toy_problem(fix=fix, bits=bits, any_bits=saved(network, tmp_path / "weights.safetensors"))
+    env = make_toy_env(0.06, problem=chosen)
+    best = search("integer_program", env, episodes=2, folder=tmp_path / "run", seed=0, progress=False)
+    for quantized in (env.evaluator.quantizer.quantize(best.bit_widths), finish_briefly(env.evaluator, best.bit_widths, 2)):
+        layers = [module for module in quantized.modules() if isinstance(module, QuantizedLayer)]
+        assert [(layer.weight_bits, layer.activation_bits) for layer in layers] == [*best.bit_widths.values()]
+
+
+def test_workers_have_the_weights_that_were_read(trained, tmp_path):
+    path = saved(trained[0], tmp_path / "weights.safetensors")
+    evaluator = make_toy_env(problem=toy_problem(any_bits=path)).evaluator
+    few = uniform(evaluator.problem.layers, 2, 2)
+    acr = evaluator.evaluate(few).acr
+    saved(start_any_bits(Evaluator(toy_problem()).quantizer), path)
+    worker = pickle.loads(pickle.dumps(evaluator))
+    worker._known.clear()
+    assert worker.evaluate(few).acr == acr and worker.problem.digest == evaluator.problem.digest
+    assert toy_problem(any_bits=path).digest != evaluator.problem.digest
 
 
 def test_labels_and_teacher_count_for_every_map(tmp_path, monkeypatch):

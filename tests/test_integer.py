@@ -24,7 +24,7 @@ class Strided(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, bias=False)
         self.signed = nn.Conv2d(8, 16, (1, 3), padding=(0, 1))
         self.last = nn.Linear(16, 5)
 
@@ -73,6 +73,19 @@ def test_integers_where_they_are_exact_and_fast(groups, inputs, outputs, bits, t
     assert count(converted) == there
     with torch.inference_mode():
         assert torch.equal(converted(images), quantized(images))
+        if there:
+            assert count(integer_network(converted)) == 1 and torch.equal(integer_network(quantized)(images), quantized(images))
+
+
+def test_another_cpu_does_not_saturate_in_silence(monkeypatch):
+    monkeypatch.setattr(integer, "exact_pairs", lambda: 2**31 - 1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)).eval()
+    layers, images = find_layers(network, (3, 8, 8)), torch.rand(20, 3, 8, 8)
+    made = on_integers(Quantizer(network, layers, images).quantize(uniform(restrict(layers, {}), 8, 8)))
+    kept = pickle.dumps(made)
+    monkeypatch.setattr(integer, "exact_pairs", lambda: 2**15 - 1)
+    with pytest.raises(ArqError, match="layer '0' saturates"):
+        pickle.loads(kept)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

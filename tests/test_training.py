@@ -69,7 +69,8 @@ def test_a_batch_in_parts_has_the_whole_batch_s_gradient(noises, tmp_path, monke
     recipe, trained = replace(RECIPE, epochs=1, noises=noises, consistency=float(noises - 1)), {}
     for at_once in (None, 50, 20):
         trained[at_once] = WithoutNorm()
-        train(trained[at_once], toy_dataset(), recipe, tmp_path / str(at_once), at_once=at_once)
+        together = None if at_once is None else at_once * noises
+        train(trained[at_once], toy_dataset(), recipe, tmp_path / str(at_once), at_once=together)
     states = [network.state_dict() for network in trained.values()]
     for name, whole in states[0].items():
         assert torch.equal(whole, states[1][name]), name
@@ -94,7 +95,13 @@ def test_as_many_images_go_through_together_as_memory_holds(tmp_path, monkeypatc
     train(network, toy_dataset(), replace(RECIPE, epochs=1), tmp_path)
     assert set(sizes) == {2, 4} and sum(sizes) == 6 + 26 * 50  # 4: measuring what is kept
     monkeypatch.undo()
-    with pytest.raises(ArqError, match="parts of a batch"):
+    history = train(fresh(), toy_dataset(), replace(RECIPE, epochs=1, batch=5, images=20), tmp_path / "odd", at_once=1)
+    assert history[0]["parts_of_a_batch"] == 2  # no part has a single image, which BatchNorm could not stand
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    images_at_once(network, shape, 50)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ArqError, match="parts_of_a_batch"):
         train(fresh(), toy_dataset(), replace(RECIPE, epochs=1), tmp_path)
 
 

@@ -16,7 +16,7 @@ import arq_env
 from arq_env.export.cards import kept_entries, quantized_layers
 from arq_env.export.packages import CARD, onnx
 from arq_env.layers import Linear
-from arq_env.quantization.convert import copy_network
+from arq_env.networks.checkpoints import copy_network
 from arq_env.quantization.exact import ExactNorm, exact_means
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.support.errors import ArqError, reason

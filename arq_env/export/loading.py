@@ -9,8 +9,7 @@ from torch import nn
 
 from arq_env.datasets import known_shape
 from arq_env.export.packed import is_packed, load_packed
-from arq_env.networks.checkpoints import build_network, card_path, channels_last, load_weights
-from arq_env.quantization.convert import copy_network
+from arq_env.networks.checkpoints import build_network, card_path, channels_last, copy_network, load_weights
 from arq_env.quantization.files import load_quantized
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import checked_path, read_json

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from arq_env.export.cards import kept_entries, some_quantized_layers
 from arq_env.layers import Kind, kind_of
-from arq_env.quantization.convert import copy_network
+from arq_env.networks.checkpoints import copy_network
 from arq_env.quantization.quantizers import highest, weight_range
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import read_json, write_json

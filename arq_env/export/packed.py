@@ -12,8 +12,7 @@ from torch import nn
 
 from arq_env.export.cards import kept_entries, some_quantized_layers
 from arq_env.layers import kind_of
-from arq_env.networks.checkpoints import build_network, channels_last, give_state
-from arq_env.quantization.convert import copy_network
+from arq_env.networks.checkpoints import build_network, channels_last, copy_network, give_state
 from arq_env.quantization.exact import exact_norms
 from arq_env.quantization.modules import QuantizedLayer, replace_module
 from arq_env.quantization.quantizers import weight_range

@@ -1,5 +1,6 @@
 """Networks by name and their trained weights: one safetensors file and one JSON card each."""
 
+import copy
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -121,6 +122,12 @@ def channels_last(network: torch.nn.Module) -> torch.nn.Module:
     if all(tensor.dim() != 5 for tensor in (*network.parameters(), *network.buffers())):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own types leave it out
     return network
+
+
+def copy_network(network: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy, also where modules hold features of their last forward pass, which torch refuses to copy."""
+    kept = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(network, {id(value): value.detach() for value in kept if not value.is_leaf})
 
 
 def load_checkpoint(checkpoint: Checkpoint, folder: Path = SHIPPED) -> tuple[torch.nn.Module, dict]:

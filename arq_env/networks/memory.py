@@ -1,9 +1,9 @@
 """How many images of a training step go through a network at once."""
 
-import copy
-
 import torch
 from torch import nn
+
+from arq_env.networks.checkpoints import copy_network
 
 #: Bytes that backpropagation may keep of what goes through a network at once: one number, not what the machine at hand has, since
 #: BatchNorm in training sees the images that go through together.
@@ -16,14 +16,14 @@ def images_at_once(network: nn.Module, image_shape: tuple[int, ...], batch: int)
     :param image_shape: of one image, [c, h, w]
     """
     device = next(network.parameters()).device
-    two, four = (kept_bytes(network, torch.rand(count, *image_shape, device=device)) for count in (2, 4))
+    two, four = (kept_bytes(network, torch.zeros(count, *image_shape, device=device)) for count in (2, 4))
     image = max(1, (four - two) // 2)
     return min(batch, max(2, (KEPT_BYTES - (two - 2 * image)) // image))
 
 
 def kept_bytes(network: nn.Module, images: torch.Tensor) -> int:
     """Bytes that a training pass on these images keeps for backpropagation, besides the network."""
-    copied = copy.deepcopy(network).train()
+    copied = copy_network(network).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*copied.parameters(), *copied.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 

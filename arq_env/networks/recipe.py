@@ -8,7 +8,7 @@ from arq_env.support.errors import ArqError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the trained weights, given network and data.
+    """Everything that decides the trained weights, given network, data and the parts that memory divides a batch into.
 
     :param cycles: how often the rate rises to its peak and falls to zero, each time over ``epochs`` / ``cycles`` epochs (warm
         restarts, Loshchilov and Hutter 2017)

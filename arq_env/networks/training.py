@@ -55,8 +55,8 @@ def train(
     :param teacher: network whose predictions are distilled, in evaluation mode; needed where the recipe distils
     :param device: where images, noise and network live, as torch names it
     :param compile: run through ``torch.compile`` (needs a C++ compiler; pays after about two epochs)
-    :param at_once: images of a step that go through the network together, their gradients added up; BatchNorm sees them alone. By
-        default as many as :func:`arq_env.networks.memory.images_at_once` says, all of them where images are small
+    :param at_once: noisy images of a step that go through the network together, at least two, their gradients added up; BatchNorm
+        sees them alone. By default as many as :func:`arq_env.networks.memory.images_at_once` says, all where images are small
     :param what: whatever else decides the weights, as plain data for JSON: a state made with anything else is not resumed
     :param on_batch: called with the number of batches done since the last call, for a progress bar
     :param on_epoch: called with each epoch's record, which it may add to: epoch, loss, rate, images_per_second,
@@ -74,9 +74,10 @@ def train(
     images = None if isinstance(given, ImageFiles) else as_tensor(given).to(device)  # those of files are too many to hold
     labels = as_tensor(dataset.train.labels).to(device)
     channels_last(network.to(device))
+    copies = recipe.batch * recipe.noises
     if at_once is None:
-        at_once = images_at_once(network, dataset.image_shape, recipe.batch * recipe.noises) // recipe.noises
-    parts = -(-recipe.batch // max(1, at_once))
+        at_once = images_at_once(network, dataset.image_shape, copies)
+    parts = max(1, min(-(-copies // at_once), recipe.batch // 2))
     step_sizes = [parameter for name, parameter in network.named_parameters() if "_log_step" in name]
     others = [parameter for name, parameter in network.named_parameters() if "_log_step" not in name]
     groups: list[dict[str, Any]] = [{"params": others}]
@@ -102,7 +103,7 @@ def train(
         )
 
     schedule = new_cycle()
-    divided = {"parts of a batch": parts} if parts > 1 else {}
+    divided = {"parts_of_a_batch": parts} if parts > 1 else {}
     belongs_to = json.dumps({"recipe": asdict(recipe), "data set": dataset.digest} | divided | (what or {}))
     history = restore_state(folder, belongs_to, network, optimizer, schedule)
     on_batch(len(history) * steps)
@@ -154,6 +155,7 @@ def train(
         record = {
             "epoch": epoch + 1,
             "loss": total.item() / steps,
+            "parts_of_a_batch": parts,
             "rate": schedule.get_last_lr()[0],
             "images_per_second": steps * recipe.batch / (time.perf_counter() - start),
             "held_out_accuracy": noisy_accuracy(network, *dataset.reward, sigma=recipe.sigma, seed=recipe.seed),

@@ -15,10 +15,11 @@ from torch import nn
 
 from arq_env.bitwidths import Bits, BitWidthMap, check_map, fixed_layers
 from arq_env.layers import Layers
-from arq_env.networks.checkpoints import channels_last, give_state, read_weights, save_checkpoint
+from arq_env.networks.checkpoints import channels_last, copy_network, give_state, read_weights, save_checkpoint
 from arq_env.quantization.calibrate import reestimate_batch_norm
-from arq_env.quantization.convert import Quantizer, converted, copy_network
+from arq_env.quantization.convert import Quantizer, converted
 from arq_env.quantization.modules import LearnableLayer
+from arq_env.quantization.quantizers import ActivationLevels
 from arq_env.support.errors import ArqError, reason
 from arq_env.support.files import checked_path
 
@@ -50,13 +51,10 @@ class AnyBitsLayer(LearnableLayer):
 
         :raises ArqError: when the network was not trained for them
         """
-        for what, number, there in (
-            ("weight", bits.weight, self.weight_log_steps),
-            ("activation", bits.activation, self.activation_log_steps),
-        ):
-            if str(number) not in there:
+        for what, number, steps in zip(Bits._fields, bits, (self.weight_log_steps, self.activation_log_steps), strict=True):
+            if str(number) not in steps:
                 raise ArqError(
-                    f"layer {self.name!r} has any-bits weights for {', '.join(sorted(there))} {what} bits, and the map gives it "
+                    f"layer {self.name!r} has any-bits weights for {', '.join(sorted(steps))} {what} bits, and the map gives it "
                     f"{number}: train them with the same --fix and --bits"
                 )
         self.weight_bits, self.activation_bits = bits
@@ -146,35 +144,65 @@ class AnyBitsQuantizer(Quantizer):
     """Quantizes one any-bits network by any map that it was trained for.
 
     :param network: the FP32 network that it was made from
-    :param any_bits: from :func:`start_any_bits` or :func:`load_any_bits`; it is not changed
     :param calibration_images: for BatchNorm's statistics, as for :class:`arq_env.quantization.Quantizer`
+    :param any_bits: from :func:`start_any_bits` or :func:`load_any_bits`; it is not changed
     """
 
     def __init__(self, network: nn.Module, layers: Layers, calibration_images: torch.Tensor, any_bits: nn.Module):
         super().__init__(network, layers, calibration_images)
-        self.any_bits = any_bits
+        self.source = copy_network(any_bits).eval()
+
+    def quantize(self, bit_widths: BitWidthMap, *, integers: bool = False) -> nn.Module:
+        """As :meth:`arq_env.quantization.Quantizer.quantize`.
+
+        :raises ArqError: naming the layer, also when the network was not trained for its bits
+        """
+        self._check_trained(bit_widths)
+        return super().quantize(bit_widths, integers=integers)
+
+    def learnable(self, bit_widths: BitWidthMap) -> nn.Module:
+        """As :meth:`arq_env.quantization.Quantizer.learnable`.
+
+        :raises ArqError: as :meth:`quantize`
+        """
+        self._check_trained(bit_widths)
+        return super().learnable(bit_widths)
+
+    def _check_trained(self, bit_widths: BitWidthMap) -> None:
+        check_map(bit_widths, self.layers)
+        choose(self.source, bit_widths)
 
     @property
     def unrounded(self) -> nn.Module:
         """The any-bits network with nothing rounded."""
-        network = copy_network(self.any_bits).eval()
+        network = copy_network(self.source)
         for module in network.modules():
             if isinstance(module, AnyBitsLayer):
                 module.rounds = False
         reestimate_batch_norm(network, self.images)
         return network
 
-    def _converted(self, bit_widths, make):
-        check_map(bit_widths, self.layers)
+    def weight_steps(self, name: str, bits: int, layer: Any) -> torch.Tensor:
+        """The steps learned, or where none were, those of calibration, with which bits are looked at that no map may have."""
+        learned = _steps(self.source.get_submodule(name), "weight")
+        return _exact_exp(learned[str(bits)]) if str(bits) in learned else super().weight_steps(name, bits, layer)
 
-        def convert(module, layer):
-            module.choose(bits := bit_widths[layer.name])
-            new = make(module, layer)
-            step, steps = module.activation_step.detach(), module.weight_step.detach()
-            new.set_bits(module.weight.detach(), steps, bits.weight, step, bits.activation, lowest=module.lowest)
-            return new
+    def activation_levels(self, name: str, bits: int) -> ActivationLevels:
+        """As :meth:`weight_steps`."""
+        module: Any = self.source.get_submodule(name)
+        learned = _steps(module, "activation")
+        if str(bits) not in learned:
+            return super().activation_levels(name, bits)
+        return ActivationLevels(_exact_exp(learned[str(bits)]), int(getattr(module.lowest_levels, str(bits))))
 
-        return converted(self.any_bits, self.layers, convert).eval()
+
+def _steps(module: Any, what: str) -> nn.ParameterDict:
+    return getattr(module, f"{what}_log_steps")
+
+
+def _exact_exp(log_step: torch.Tensor) -> torch.Tensor:
+    """Rounded from float64, in whose last places alone processors differ."""
+    return log_step.detach().double().exp().float()
 
 
 def save_any_bits(network: nn.Module, path: Path, card: dict) -> dict:
@@ -191,6 +219,8 @@ def load_any_bits(path: Path, base: nn.Module, layers: Layers) -> tuple[nn.Modul
     path = checked_path("path", path)
     try:
         state, card = read_weights(path)
+        if not any(".weight_log_steps." in key for key in state):
+            raise ArqError(f"{path} holds no any-bits weights: give what experiments/train_any_bits.py made")
 
         def convert(module, layer):
             new = AnyBitsLayer(module, layer)

@@ -1,6 +1,5 @@
 """From a bit-width map to a quantized network."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from arq_env.bitwidths import MAX_BITS, Bits, BitWidthMap, check_map
 from arq_env.layers import Layer, Layers
+from arq_env.networks.checkpoints import copy_network
 from arq_env.quantization.calibrate import reestimate_batch_norm, sample_activations
 from arq_env.quantization.exact import EXACT, exact_norms
 from arq_env.quantization.integer import on_integers
@@ -31,6 +31,8 @@ class Quantizer:
 
     def __init__(self, network: nn.Module, layers: Layers, calibration_images: torch.Tensor):
         self.network, self.layers, self.images = network, layers, calibration_images
+        #: Whose weights are quantized.
+        self.source = network
         self._activations = sample_activations(network, layers, calibration_images)
         self._tied_to = {layer.name: layer.tied_to or layer.name for layer in layers}
         self._weight_steps: dict[tuple[str, int], torch.Tensor] = {}
@@ -47,7 +49,7 @@ class Quantizer:
         return quantized
 
     def convert(self, bit_widths: BitWidthMap) -> nn.Module:
-        """What :meth:`quantize` returns, with the statistics of BatchNorm that the FP32 network has.
+        """What :meth:`quantize` returns, with the statistics of BatchNorm that were there before.
 
         :raises ArqError: as :meth:`quantize`
         """
@@ -95,7 +97,7 @@ class Quantizer:
             new.set_bits(module.weight.detach(), steps, bits.weight, step, bits.activation, lowest=lowest)
             return new
 
-        return converted(self.network, self.layers, convert)
+        return converted(self.source, self.layers, convert)
 
     @property
     def unrounded(self) -> nn.Module:
@@ -108,7 +110,7 @@ class Quantizer:
         :param layer: what will stand for it
         """
         if (name, bits) not in self._weight_steps:
-            rows = layer.rows(self.network.get_submodule(name).weight)
+            rows = layer.rows(self.source.get_submodule(name).weight)
             self._weight_steps[name, bits] = weight_steps(rows, bits)
         return self._weight_steps[name, bits]
 
@@ -131,12 +133,6 @@ def converted(network: nn.Module, layers: tuple[Layer, ...], convert: Callable[[
             # Its fused path in torch reads the weights of its layers past their forward; this is one of the conditions for it.
             module.activation_relu_or_gelu = 0
     return new
-
-
-def copy_network(network: nn.Module) -> nn.Module:
-    """A deep copy, also where modules hold features of their last forward pass, which torch refuses to copy."""
-    kept = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    return copy.deepcopy(network, {id(value): value.detach() for value in kept if not value.is_leaf})
 
 
 @torch.inference_mode()

@@ -11,8 +11,7 @@ from torch import nn
 from arq_env.bitwidths import MAX_BITS, MIN_BITS, BitWidthMap
 from arq_env.kinds import kind_of
 from arq_env.layers import Layer
-from arq_env.networks.checkpoints import build_network, channels_last, give_state, read_weights, save_checkpoint
-from arq_env.quantization.convert import copy_network
+from arq_env.networks.checkpoints import build_network, channels_last, copy_network, give_state, read_weights, save_checkpoint
 from arq_env.quantization.exact import exact_norms
 from arq_env.quantization.integer import weight_codes
 from arq_env.quantization.modules import QuantizedLayer, replace_module

@@ -15,8 +15,8 @@ from arq_env.support.errors import ArqError, shown
 def integer_network(network: nn.Module) -> nn.Module:
     """A copy whose quantized convolutions compute on 8-bit integers (oneDNN), faster than on floats that hold them.
 
-    The same function, bit for bit where the original's sums are exact. For inference on an x86 CPU. Without VNNI a layer whose
-    sums would saturate there, such as one of 8-bit weights and inputs, stays as it is.
+    The same function, bit for bit where the original's sums are exact. For inference on an x86 CPU. A layer stays as it is where
+    oneDNN has no fast kernel for its groups, and without VNNI where sums would saturate, as those of 8-bit weights and inputs do.
 
     :param network: from :class:`arq_env.quantization.Quantizer` or :func:`arq_env.quantization.load_quantized`
     :raises ArqError: when the CPU is not one, the network is elsewhere or has no quantized layer, and, naming it, for a layer
@@ -27,15 +27,16 @@ def integer_network(network: nn.Module) -> nn.Module:
     if not integer_kernels():
         raise ArqError("integer kernels need an x86 CPU with AVX2, and a torch that sees it: use the network as it is")
     converted = copy.deepcopy(network)
-    layers = [(name, module) for name, module in converted.named_modules() if getattr(module, "kind", None) is Conv2d]
-    if not layers:
+    there = {id(module.layer) for module in converted.modules() if isinstance(module, IntegerConv2d)}
+    quantized = [(name, module) for name, module in converted.named_modules() if isinstance(module, QuantizedLayer)]
+    layers = [(name, module) for name, module in quantized if module.kind is Conv2d and id(module) not in there]
+    if not layers and not there:
         raise ArqError("the network has no quantized convolution to run on integers: quantize it first")
     for name, module in layers:
         if module.codes.device.type != "cpu":
             raise ArqError(f"layer {name!r} is on {module.codes.device}: move the network to the CPU, where integer kernels run")
-        on_integers = IntegerConv2d(module)
-        if largest_pair(module) <= exact_pairs():
-            replace_module(converted, name, on_integers)
+        if largest_pair(module) <= exact_pairs() and _fast(module):
+            replace_module(converted, name, IntegerConv2d(module))
     return converted.eval()
 
 
@@ -125,6 +126,8 @@ class IntegerConv2d(nn.Module):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             padding = f"{layer.padding!r} of {layer.padding_mode!r}"
             raise ArqError(f"layer {layer.name!r} has padding {padding}: integer kernels pad with zeros, by a number")
+        if largest_pair(layer) > exact_pairs():
+            raise ArqError(f"layer {layer.name!r} saturates on this CPU's integer kernels: use the network as it is")
         largest = layer.largest_sum()
         if largest >= 2**31:
             raise ArqError(f"layer {layer.name!r} can have sums up to {largest}: integer kernels sum in 32 bits")
@@ -153,4 +156,6 @@ class IntegerConv2d(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        if largest_pair(self.layer) > exact_pairs():  # made on another CPU
+            raise ArqError(f"layer {self.layer.name!r} saturates on this CPU's integer kernels: send the network as it is")
         self._pack()  # the kernel's own layout cannot be copied

@@ -95,6 +95,8 @@ def finals_table(rows: list[dict]) -> str:
 def _ratio(acr_ratio: float, acr_ratio_standard_error: float, acr_ratio_lower_bound: float, **_) -> str:
     if acr_ratio_standard_error == 0:  # with itself
         return f"{acr_ratio:.3f}"
+    if not math.isfinite(acr_ratio_lower_bound):
+        return f"{acr_ratio:.3f} +- {acr_ratio_standard_error:.3f}"
     bound = math.floor(1000 * acr_ratio_lower_bound) / 1000  # a bound is not rounded up
     return f"{acr_ratio:.3f} +- {acr_ratio_standard_error:.3f} (> {bound:.3f})"
 

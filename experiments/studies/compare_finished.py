@@ -73,7 +73,7 @@ def name_of(final: dict) -> str:
 
 def recipe_of(final: dict) -> str:
     """Base network and recipe of a finished network: what two must share to differ by their bits alone."""
-    return json.dumps([final["checkpoint"], final["recipe"]], sort_keys=True)
+    return json.dumps([final["checkpoint"], final["recipe"], final.get("parts_of_a_batch", 1)], sort_keys=True)
 
 
 def compare(a: Certificates, b: Certificates) -> dict:

@@ -59,7 +59,7 @@ def main(options):
         curves[name].append(row | {"standard_error": standard_error(own - ratio * fp32) / float(fp32.mean())})
     for rows in curves.values():
         rows.sort(key=lambda row: row["bops_fraction"])
-    settings = {name: getattr(options, name) for name in ("env", "sigma", "training", "steps", "every", "n")}
+    settings = {name: getattr(options, name) for name in ("env", "sigma", "training", "weights", "steps", "every", "n")}
     pairs = paired(curves, radii, float(fp32.mean()))
     figures = {"fp32_finished_acr": float(fp32.mean()), "curves": curves, "pairs": pairs}
     write_json(options.output, {"settings": settings, **figures, "provenance": provenance()})
