@@ -104,7 +104,7 @@ from arq_env.support.settings import UNIFORM
 def main(options):
     problem, bit_widths, name, found = chosen_map(options)
     searched = settings_of(found)
-    folder = options.output or default_folder(options, name)
+    folder = options.output or default_folder(options)
     evaluator = Evaluator(problem, CertifierSettings(images=searched.images, first=searched.first))
     what_is_fastest(options, problem)
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"sigma", "start"}
@@ -224,7 +224,7 @@ def for_certification(network, options, *, quantized: bool):
     return CompiledNetwork(network, batch_size=32 if integer else 16) if options.compile else network
 
 
-def default_folder(options, name: str) -> Path:
+def default_folder(options) -> Path:
     """Beside the map; or in ``runs``, by what was asked for."""
     path = Path(options.map)
     if path.exists():
@@ -232,7 +232,7 @@ def default_folder(options, name: str) -> Path:
     own = shared_options.own_arguments(options)
     what = "" if "network" in own or "data" in own else ENVIRONMENTS[options.env].get("data", options.env)
     what = (what + shared_options.label(options)).removeprefix("-")
-    return Path("runs/final") / f"{what}-sigma{options.sigma:g}-{options.training}-{name}"
+    return Path("runs/final") / f"{what}-sigma{options.sigma:g}-{options.training}-{options.map}"
 
 
 if __name__ == "__main__":
