@@ -203,6 +203,26 @@ class _Weights(argparse.Action):
             namespace.regained_bits = 0
 
 
+def add_at_once(parser: argparse._ActionsContainer) -> None:
+    """The option ``--at-once``, as :func:`arq_env.networks.training.train` takes it."""
+    parser.add_argument(
+        "--at-once",
+        type=whole(1),
+        metavar="N",
+        help="images of a step that go through the network together, for memory's sake (default: all, or what keeps to 4 GiB)",
+    )
+
+
+def add_precision(parser: argparse._ActionsContainer) -> None:
+    """The option ``--precision`` of a training that may choose it by the machine."""
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="arithmetic of the training passes; auto: bf16 where the processor has it",
+    )
+
+
 def own_arguments(options: argparse.Namespace) -> dict:
     """What was given of :func:`add_problem`'s options, as keyword arguments of :func:`arq_env.problem.load_problem`."""
     given = {name: getattr(options, name) for name in OWN if getattr(options, name, None) is not None}

@@ -38,18 +38,8 @@ def parse():
         ("seed", shared_options.whole(0), "of order, crops and noise, in training and in certification"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="arithmetic of the training passes; auto: bf16 where the processor has it",
-    )
-    parser.add_argument(
-        "--at-once",
-        type=shared_options.whole(1),
-        metavar="N",
-        help="images of a step that go through the network together, for memory's sake (default: all, or what keeps to 4 GiB)",
-    )
+    shared_options.add_precision(parser)
+    shared_options.add_at_once(parser)
     parser.add_argument("--every", type=shared_options.whole(1), default=20, help="certify on every so many-th test image")
     parser.add_argument("--n", type=shared_options.whole(10), default=1_000, help="noise samples that count a class")
     shared_options.add_protocol(parser)

@@ -29,12 +29,7 @@ def parse():
         "--cycles", type=shared_options.whole(1), default=Recipe.cycles, help="times the learning rate rises and falls"
     )
     parser.add_argument("--batch", type=shared_options.whole(1), default=Recipe.batch, help="images a step")
-    parser.add_argument(
-        "--at-once",
-        type=shared_options.whole(1),
-        metavar="N",
-        help="images of a step that go through the network together, for memory's sake (default: all, or what keeps to 4 GiB)",
-    )
+    shared_options.add_at_once(parser)
     parser.add_argument("--peak-rate", type=float, default=Recipe.peak_rate, help="highest learning rate of the cycle")
     parser.add_argument("--weight-decay", type=float, default=Recipe.weight_decay, help="L2 penalty of SGD")
     parser.add_argument(

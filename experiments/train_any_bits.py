@@ -32,12 +32,7 @@ def parse():
         ("seed", shared_options.whole(0), "of order, crops, noise and maps"),
     ):
         group.add_argument(f"--{name}", type=kind, default=getattr(shown, name.replace("-", "_")), help=what)
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="arithmetic of the training passes; auto: bf16 where the processor has it",
-    )
+    shared_options.add_precision(group)
     group.add_argument(
         "--epoch-images",
         type=shared_options.whole(0),
@@ -45,12 +40,7 @@ def parse():
         metavar="N",
         help="training images an epoch, drawn anew for each; 0 for all",
     )
-    group.add_argument(
-        "--at-once",
-        type=shared_options.whole(1),
-        metavar="N",
-        help="images of a step that go through the network together, for memory's sake (default: all, or what keeps to 4 GiB)",
-    )
+    shared_options.add_at_once(group)
     group.add_argument("--output", type=Path, default=Path("runs/any-bits"), help="folder for the file, state and TensorBoard")
     return parser.parse_args()
 
